@@ -1,0 +1,1 @@
+"""ZODB blobs in S3-compatible object storage."""

@@ -1,0 +1,78 @@
+"""What differs between base storages: when a tid is known, which revisions survive."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+from ZODB.FileStorage.FileStorage import FileStorage
+from ZODB.interfaces import IBlobStorage
+from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import POSKeyError
+
+
+# More revisions than any object has.
+_ALL = 10**6
+
+
+class Survivors(NamedTuple):
+    """What a base says about one oid."""
+
+    #: those of the tids asked about that are revisions of a blob
+    tids: set[bytes]
+    #: the oldest revision, where the oid belongs to an object that is no blob
+    other_since: bytes | None
+
+
+class TidBase:
+    """A base that reveals the tid of a transaction as soon as it has begun.
+
+    :param base: a FileStorage or MappingStorage, perhaps inside wrappers that
+        keep what they wrap as ``base``, as zc.zlibstorage does.
+    :raises ValueError: for any other storage, or one with blobs of its own.
+    """
+
+    def __init__(self, base: Any) -> None:
+        if IBlobStorage.providedBy(base):
+            raise ValueError(
+                f"{base!r} has a blob directory of its own, where undo would look for files that"
+                " are in S3: remove its blob-dir and name the directory as a <blobdir-source>"
+            )
+        self._base = base
+        innermost = base
+        while not isinstance(innermost, (FileStorage, MappingStorage)):
+            innermost = vars(innermost).get("base")
+            if innermost is None:
+                raise ValueError(
+                    f"{base!r} cannot be wrapped: its transactions do not tell their tid in time."
+                    " Use a FileStorage or a MappingStorage"
+                )
+        self._innermost = innermost
+
+    def tid(self) -> bytes:
+        """Return the tid of the transaction that has begun."""
+        tid: bytes = self._innermost._tid
+        return tid
+
+    def survivors(
+        self, oid: bytes, tids: set[bytes], is_blob_record: Callable[[bytes], bool]
+    ) -> Survivors:
+        """Ask the base which revisions of an object still need their blobs."""
+        try:
+            revisions = [entry["tid"] for entry in self._base.history(oid, size=_ALL)]
+        except POSKeyError:
+            return Survivors(set(), None)
+        alive: set[bytes] = set()
+        # The revisions asked about first; the others only show what kind of object this is.
+        for tid in sorted(revisions, key=tids.__contains__, reverse=True):
+            if alive and tid not in tids:
+                break
+            try:
+                data = self._base.loadSerial(oid, tid)
+            except POSKeyError:
+                continue  # an undone creation has no data
+            if not is_blob_record(data):
+                return Survivors(alive, min(revisions))
+            if tid not in tids:
+                break
+            alive.add(tid)
+        return Survivors(alive, None)

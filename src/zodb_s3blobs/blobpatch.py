@@ -1,0 +1,62 @@
+"""The one patch of this package: Blob.open must not empty a blob.
+
+In stock ZODB (6.4) ``Blob.open("r+")`` and ``("a")`` create an empty working
+copy and only then open the remembered path of the committed file. When that
+file is missing, because it was evicted or S3 is down, the exception leaves the
+empty copy behind; the blob counts as changed with the next write to it, and a
+commit replaces the committed bytes by nothing.
+
+Here the storage is asked for the file first, and a working copy that a failing
+open has just made is dropped. tests/test_blobpatch.py shows what stock ZODB
+does and fails when the patch is no longer needed.
+"""
+
+import functools
+import os
+from typing import Any
+
+from ZODB.blob import Blob
+from ZODB.blob import SAVEPOINT_SUFFIX
+
+from .interfaces import EVICTION_ATTEMPTS
+
+
+def install() -> None:
+    """Wrap Blob.open; calling it again changes nothing."""
+    if not hasattr(Blob.open, "_zodb_s3blobs"):
+        Blob.open = _wrap(Blob.open)
+
+
+def _wrap(stock_open: Any) -> Any:
+    @functools.wraps(stock_open)
+    def open(self: Blob, mode: str = "r") -> Any:
+        if mode not in ("r+", "a"):
+            return stock_open(self, mode)
+        self._p_activate()  # the _p_blob_ attributes do not load a ghost
+        if self._p_blob_uncommitted is not None:
+            return stock_open(self, mode)
+        for attempt in range(1, EVICTION_ATTEMPTS + 1):
+            committed = self._p_blob_committed
+            if committed and not committed.endswith(SAVEPOINT_SUFFIX):
+                self._p_jar._storage.loadBlob(self._p_oid, self._p_serial)
+            try:
+                return stock_open(self, mode)
+            except FileNotFoundError:
+                _drop_working_copy(self)
+                if not committed or attempt == EVICTION_ATTEMPTS:
+                    raise
+            except BaseException:
+                _drop_working_copy(self)
+                raise
+        raise AssertionError("unreachable")
+
+    open._zodb_s3blobs = True  # type: ignore[attr-defined]  # marks the wrapped method
+    return open
+
+
+def _drop_working_copy(blob: Blob) -> None:
+    """Undo Blob._create_uncommitted_file; the file is removed with its reference."""
+    if blob._p_blob_uncommitted is not None:
+        filename = blob._uncommitted()
+        if os.path.exists(filename):
+            os.remove(filename)

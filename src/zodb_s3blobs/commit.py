@@ -1,0 +1,247 @@
+"""The blobs of one transaction, from staged to finished or aborted."""
+
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait
+from enum import Enum
+import logging
+import os
+from typing import Any
+
+from ZODB.blob import rename_or_copy_blob
+from ZODB.utils import z64
+
+from .interfaces import EVICTION_ATTEMPTS
+from .interfaces import MissingObjectError
+from .interfaces import S3OperationError
+from .keys import blob_key
+from .openkeys import OpenKeys
+from .uploads import Upload
+from .uploads import UploadPool
+from .uploads import Work
+
+
+logger = logging.getLogger(__name__)
+
+# Seconds that tpc_abort waits for S3; what is not done by then goes on in the background.
+ABORT_TIMEOUT = 10.0
+
+
+class Phase(Enum):
+    OPEN = "open"
+    VOTED = "voted"
+    #: the base was told to finish: from here on only it knows the outcome
+    FINISHING = "finishing"
+    ENDED = "ended"
+
+
+class _Blob:
+    """One blob of a transaction; path is None where S3 copies it."""
+
+    def __init__(self, oid: bytes, tid: bytes, path: str | None, is_new: bool) -> None:
+        self.oid = oid
+        self.tid = tid
+        self.path = path
+        self.is_new = is_new
+        self.upload: Upload | None = None
+
+
+class BlobServices:
+    """What transactions share: where staged files go, how they are uploaded, who may delete."""
+
+    def __init__(
+        self,
+        client: Any,
+        cache: Any,
+        loader: Any,
+        pool: UploadPool,
+        open_keys: OpenKeys,
+        temp_dir: str,
+    ) -> None:
+        self.client = client
+        self.cache = cache
+        self.loader = loader
+        self.pool = pool
+        self.open_keys = open_keys
+        self.temp_dir = temp_dir
+
+
+class TransactionBlobs:
+    """Belongs to one transaction; only `find` may be called by other threads than its own.
+
+    :param bytes tid: the transaction's own.
+    :param bool owns_keys: whether an abort may delete what was uploaded. False
+        where the tid was given from outside: the object may be another's.
+    """
+
+    def __init__(self, services: BlobServices, tid: bytes, owns_keys: bool) -> None:
+        self.tid = tid
+        self.phase = Phase.OPEN
+        self._services = services
+        self._owns_keys = owns_keys
+        self._blobs: dict[str, _Blob] = {}
+        # Keys whose object may exist although the transaction no longer wants it.
+        self._dropped: set[str] = set()
+
+    # Staging
+
+    def stage(self, oid: bytes, tid: bytes, blobfilename: str, is_new: bool = False) -> None:
+        """Take over a file; the upload starts with `start_upload`.
+
+        :raises OSError: when the file can be neither renamed nor copied.
+        """
+        path = os.path.join(self._services.temp_dir, f"staged-{os.urandom(16).hex()}.tmp")
+        blob = self._enter(oid, tid, path, is_new)
+        try:
+            rename_or_copy_blob(blobfilename, path, chmod=False)
+        except BaseException:
+            self.drop(oid, blob.tid)
+            raise
+
+    def start_upload(self, oid: bytes, tid: bytes) -> None:
+        """Start the upload of a staged file."""
+        key = blob_key(oid, tid)
+        path = self._blobs[key].path
+        client = self._services.client
+        self._start(key, lambda cancelled: client.upload_file(path, key, cancelled))
+
+    def copy(self, oid: bytes, source_tid: bytes) -> None:
+        """Give the transaction's revision of a blob the bytes of an earlier one."""
+        key = blob_key(oid, self.tid)
+        self._enter(oid, self.tid, None, False)
+        self._start(key, lambda cancelled: self._copy(oid, source_tid, key))
+
+    def _copy(self, oid: bytes, source_tid: bytes, key: str) -> None:
+        client = self._services.client
+        try:
+            client.copy_object(blob_key(oid, source_tid), key)
+        except MissingObjectError:
+            # Not migrated yet: a source has it, or nobody.
+            for attempt in range(1, EVICTION_ATTEMPTS + 1):
+                try:
+                    client.upload_file(self._services.loader.load(oid, source_tid), key)
+                    return
+                except FileNotFoundError:  # eviction was faster
+                    if attempt == EVICTION_ATTEMPTS:
+                        raise
+
+    def _enter(self, oid: bytes, tid: bytes, path: str | None, is_new: bool) -> _Blob:
+        self.drop(oid, tid)
+        key = blob_key(oid, tid)
+        self._services.open_keys.add(key)
+        blob = self._blobs[key] = _Blob(oid, tid, path, is_new)
+        return blob
+
+    def _start(self, key: str, work: Work) -> None:
+        self._blobs[key].upload = self._services.pool.start(work)
+
+    def drop(self, oid: bytes, tid: bytes) -> None:
+        """Forget a blob of this transaction, as before a second store of its object."""
+        key = blob_key(oid, tid)
+        blob = self._blobs.pop(key, None)
+        if blob is None:
+            return
+        if blob.upload is not None:
+            blob.upload.cancel()
+            wait([blob.upload.future])
+        self._dropped.add(key)
+        _remove_staged(blob)
+
+    def find(self, oid: bytes, serial: bytes) -> str | None:
+        """Return the staged file of the transaction's own tid, or of an object it creates."""
+        # Other threads ask, too: one look-up, no iteration.
+        blob = self._blobs.get(blob_key(oid, self.tid if serial == z64 else serial))
+        if blob is None or (serial == z64 and not blob.is_new):
+            return None
+        return blob.path
+
+    # Ending
+
+    def vote(self) -> None:
+        """Wait until all bytes are in the bucket and reserve their room in the cache.
+
+        :raises S3OperationError: the first failure, which cancels the other uploads.
+        """
+        uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
+        done, _pending = wait(uploads, return_when=FIRST_EXCEPTION)
+        for future in done:
+            error = future.exception()
+            if error is not None:
+                self._cancel()
+                if isinstance(error, S3OperationError):
+                    error.oid, error.tid = uploads[future].oid, uploads[future].tid
+                raise error
+        try:
+            self._services.cache.reserve(
+                [(blob.oid, blob.tid, os.path.getsize(path)) for blob, path in self._staged()]
+            )
+        except OSError:
+            # The commit does not depend on the cache.
+            logger.exception("cache refused to reserve room tid=%s", self.tid.hex())
+        self.phase = Phase.VOTED
+
+    def finish(self) -> None:
+        """Move the staged files into the cache, after the base has finished; never raises."""
+        self.phase = Phase.ENDED
+        staged = [(blob.oid, blob.tid, path) for blob, path in self._staged()]
+        try:
+            if staged:
+                self._services.cache.put_many(staged)
+        except Exception:
+            # The transaction is committed and its bytes are in the bucket: a read fetches them.
+            logger.exception("cache refused blobs tid=%s", self.tid.hex())
+            self._remove_files()
+        self._services.open_keys.remove([*self._blobs, *self._dropped])
+
+    def abort(self) -> None:
+        """Undo what was staged and uploaded, after the base has aborted; never raises.
+
+        Nothing is deleted from the bucket once the base was told to finish: its
+        answer may have been lost. A sweep decides later.
+        """
+        delete = self._owns_keys and self.phase is not Phase.FINISHING
+        self.phase = Phase.ENDED
+        if not self._blobs and not self._dropped:
+            return
+        self._cancel()
+        cleanup = self._services.pool.start(lambda cancelled: self._clean_up(delete))
+        try:
+            cleanup.future.result(ABORT_TIMEOUT)
+        except FutureTimeout:
+            logger.warning("abort goes on in the background tid=%s", self.tid.hex())
+        except Exception:
+            # The transaction is aborted; what remains in the bucket is garbage for a sweep.
+            logger.exception("abort left objects behind tid=%s", self.tid.hex())
+
+    def _clean_up(self, delete: bool) -> None:
+        try:
+            uploads = {key: blob.upload for key, blob in self._blobs.items() if blob.upload}
+            wait([upload.future for upload in uploads.values()])
+            sent = {key for key, upload in uploads.items() if upload.may_have_sent}
+            if delete and (sent or self._dropped):
+                refused = self._services.client.delete_objects(sorted(sent | self._dropped))
+                if refused:
+                    logger.warning("abort left objects behind refused=%s", refused)
+        finally:
+            self._remove_files()
+            self._services.open_keys.remove([*self._blobs, *self._dropped])
+
+    def _cancel(self) -> None:
+        for blob in self._blobs.values():
+            if blob.upload is not None:
+                blob.upload.cancel()
+
+    def _staged(self) -> Iterator[tuple[_Blob, str]]:
+        for blob in self._blobs.values():
+            if blob.path is not None:
+                yield blob, blob.path
+
+    def _remove_files(self) -> None:
+        for blob in self._blobs.values():
+            _remove_staged(blob)
+
+
+def _remove_staged(blob: _Blob) -> None:
+    if blob.path is not None and os.path.exists(blob.path):
+        os.remove(blob.path)

@@ -1,0 +1,187 @@
+"""Builds a storage from a ``<s3blobstorage>`` section; its keys stand in component.xml."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+import os
+from typing import Any
+from urllib.parse import urlsplit
+
+from ZConfig.datatypes import SuffixMultiplier
+from ZODB.config import BaseConfig
+
+from . import values
+from .bases import TidBase
+from .cache import S3BlobCache
+from .s3client import MiB
+from .s3client import S3Client
+from .sources import BlobDirSource
+from .storage import S3BlobStorage
+from .uploads import UploadPool
+
+
+_bytes = SuffixMultiplier({"kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40})
+
+
+def byte_count(text: str) -> int:
+    """Return a positive number of bytes, given with or without KB, MB, GB or TB."""
+    size: int = _bytes(text)
+    if size <= 0:
+        raise ValueError(f"a size is at least one byte, not {text!r}")
+    return size
+
+
+def part_size(text: str) -> int:
+    """Return the size of a part of a multipart upload, at least 5 MB."""
+    size = byte_count(text)
+    if not 5 * MiB <= size <= 5 * 1024 * MiB:
+        raise ValueError(f"S3 takes parts of 5MB to 5GB, not {text!r}")
+    return size
+
+
+def count(text: str) -> int:
+    """Return a whole number from 1 to 256."""
+    number = int(text)
+    if not 1 <= number <= 256:
+        raise ValueError(f"expected a number from 1 to 256, not {text!r}")
+    return number
+
+
+def seconds(text: str) -> float:
+    """Return a positive time, given in seconds or with the suffix ms, s, m or h."""
+    for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
+        if text.lower().endswith(suffix):
+            time = float(text[: len(text) - len(suffix)]) * factor
+            break
+    if not 0 < time < 86400:
+        raise ValueError(f"expected a time such as 10s or 500ms, not {text!r}")
+    return time
+
+
+def existing_directory(text: str) -> str:
+    """Return the path of a directory that exists."""
+    if not os.path.isdir(text):
+        raise ValueError(f"there is no directory {text}")
+    return text
+
+
+def existing_file(text: str) -> str:
+    """Return the path of a file that exists."""
+    if not os.path.isfile(text):
+        raise ValueError(f"there is no file {text}")
+    return text
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a datatype that accepts these words and no others."""
+
+    def choose(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, not {text!r}")
+        return text
+
+    return choose
+
+
+layout = one_of("automatic", "bushy", "lawn")
+addressing_style = one_of("auto", "path", "virtual")
+checksum = one_of("when_required", "when_supported")
+sse = one_of("AES256", "aws:kms")
+bucket_name = values.bucket_name
+key_prefix = values.key_prefix
+endpoint_url = values.endpoint_url
+
+
+def sse_customer_key(text: str) -> str:
+    """Return the text of an SSE-C key that can be one."""
+    values.sse_customer_key(text)
+    return text
+
+
+class BlobDirSourceFactory:
+    """Section ``<blobdir-source>``."""
+
+    def __init__(self, section: Any) -> None:
+        self.path = section.path
+        self.layout = section.layout
+
+    def open(self) -> BlobDirSource:
+        return BlobDirSource(self.path, self.layout)
+
+
+class S3BlobStorageFactory(BaseConfig):
+    """Section ``<s3blobstorage>``: checked while the configuration is parsed, opened later.
+
+    :raises ValueError: when keys contradict each other; ZConfig adds file and line.
+    """
+
+    def __init__(self, section: Any) -> None:
+        super().__init__(section)
+        scheme = urlsplit(section.s3_endpoint_url or "").scheme
+        if scheme and section.s3_use_ssl not in (None, scheme == "https"):
+            raise ValueError(
+                f"s3-use-ssl contradicts s3-endpoint-url, which begins with {scheme}://;"
+                " remove s3-use-ssl, the URL decides"
+            )
+        if bool(section.s3_access_key) != bool(section.s3_secret_key):
+            raise ValueError("s3-access-key and s3-secret-key go together; one is missing")
+        if section.s3_sse and section.s3_sse_customer_key:
+            raise ValueError("s3-sse and s3-sse-customer-key exclude each other")
+        if section.s3_sse_kms_key_id and section.s3_sse != "aws:kms":
+            raise ValueError("s3-sse-kms-key-id needs 's3-sse aws:kms'")
+        _check_base(section.base)
+        self._client()  # the constructor checks what the keys alone cannot tell
+
+    def open(self, database_name: str = "unnamed", databases: Any = None) -> S3BlobStorage:
+        """Open the base and the cache; S3 is not asked for anything yet."""
+        config = self.config
+        with ExitStack() as opened:
+            base = config.base.open()
+            opened.callback(base.close)
+            TidBase(base)  # refuse before anything is made on disk
+            cache = S3BlobCache(config.cache_dir, config.cache_size)
+            opened.callback(cache.close)
+            sources = [source.open() for source in config.sources]
+            pool = UploadPool(config.upload_concurrency)
+            storage = S3BlobStorage(base, self._client(), cache, sources=sources, pool=pool)
+            opened.pop_all()
+        return storage
+
+    def _client(self) -> S3Client:
+        config = self.config
+        return S3Client(
+            config.bucket_name,
+            config.s3_prefix,
+            config.s3_endpoint_url,
+            config.s3_region,
+            config.s3_access_key,
+            config.s3_secret_key,
+            config.s3_use_ssl is not False,
+            config.s3_addressing_style,
+            config.s3_connect_timeout,
+            config.s3_read_timeout,
+            config.s3_sse_customer_key,
+            max_attempts=config.s3_max_attempts,
+            multipart_threshold=config.s3_multipart_threshold,
+            multipart_part_size=config.s3_multipart_part_size,
+            checksum=config.s3_checksum,
+            ca_bundle=config.s3_ca_bundle,
+            profile=config.s3_profile,
+            sse=config.s3_sse,
+            sse_kms_key_id=config.s3_sse_kms_key_id,
+            storage_class=config.s3_storage_class,
+            create_bucket=config.s3_create_bucket,
+            concurrency=config.upload_concurrency,
+        )
+
+
+def _check_base(base: Any) -> None:
+    """Refuse a base with blobs of its own, however many wrappers are around it."""
+    while base is not None:
+        section: Any = getattr(base, "config", None)
+        blob_dir = getattr(section, "blob_dir", None)
+        if blob_dir:
+            raise ValueError(
+                f"the storage inside has a blob-dir, {blob_dir}, where undo would look for"
+                " files that are in S3: remove it there and name it as a <blobdir-source>"
+            )
+        base = getattr(section, "base", None)

@@ -1,0 +1,185 @@
+"""What each part promises, and the errors that belong to the promises.
+
+oid, tid and serial are bytes of length 8 everywhere but in keys and logs.
+Sizes are in bytes, times in seconds.
+"""
+
+from transaction.interfaces import TransientError
+from ZODB.interfaces import IBlobStorage
+from ZODB.POSException import StorageError
+from zope.interface import Attribute
+from zope.interface import Interface
+
+
+# How often eviction may win against whoever opens a path of the cache: it happens between two
+# lines of code, so that once is rare already.
+EVICTION_ATTEMPTS = 10
+
+
+class S3OperationError(StorageError):
+    """An S3 operation failed; the subclass says what the caller may do.
+
+    Attributes name what was attempted: ``operation`` (str), ``key`` (the key
+    without the prefix, or None), ``oid`` and ``tid`` (bytes or None).
+    """
+
+    operation: str | None = None
+    key: str | None = None
+    oid: bytes | None = None
+    tid: bytes | None = None
+
+
+class TransientS3Error(S3OperationError, TransientError):
+    """S3 cannot be reached or is busy: retrying the transaction may succeed."""
+
+
+class PermanentS3Error(S3OperationError):
+    """Configuration or permission: an operator must act before a retry helps."""
+
+
+class IntegrityError(S3OperationError):
+    """The bytes that arrived are not the bytes that were stored."""
+
+
+class MissingObjectError(S3OperationError):
+    """The bucket answered, and it has no object under this key."""
+
+
+class OtherDatabaseError(PermanentS3Error):
+    """The bucket holds objects of another database under the same prefix."""
+
+
+class IS3Client(Interface):
+    """Moves files to and from one bucket.
+
+    All methods may be called by any thread, and after a fork. Keys are logical:
+    without the prefix. None of them is called before the first S3 traffic is
+    due, and constructing a client makes no network call. All methods raise an
+    ``S3OperationError``; errors of local files stay ``OSError``.
+    """
+
+    def upload_file(local_path, s3_key):
+        """Store a file's bytes under a key, with size and SHA-256 as metadata.
+
+        The object appears whole or not at all. Uploading again replaces it.
+        """
+
+    def download_file(s3_key, local_path):
+        """Write an object's bytes to a new file, verified by length and digest.
+
+        :raises MissingObjectError: when the bucket has no such object.
+        :raises IntegrityError: when the bytes differ from those uploaded; the
+            file is then not to be used.
+        """
+
+    def copy_object(source_key, target_key):
+        """Copy an object inside the bucket, of any size.
+
+        :raises MissingObjectError: when there is no object to copy.
+        """
+
+    def delete_object(s3_key):
+        """Delete an object; deleting an absent one succeeds."""
+
+    def delete_objects(s3_keys):
+        """Delete many objects with as few requests as the server allows.
+
+        :returns: a dict of key to error code for the keys that were refused.
+        """
+
+    def head_object(s3_key):
+        """Return a mapping with at least ContentLength, None when absent."""
+
+    def list_objects(prefix):
+        """Iterate lazily over the keys that begin with a prefix, sorted."""
+
+    def list_pages(prefix):
+        """Iterate lazily over lists of at most 1000 ``(key, size)`` pairs."""
+
+    def close():
+        """Release connections; a later call opens them again."""
+
+
+class IS3BlobCache(Interface):
+    """Committed blob files on local disk, up to a byte budget.
+
+    Threads and processes of a host share one directory. The sum of the sizes
+    of the files stays at or below ``max_size`` at every moment; a blob larger
+    than that is kept alone. Any file may vanish at any time (open files stay
+    readable), so whoever opens a path must be ready to ask again.
+    """
+
+    max_size = Attribute("Byte budget of committed files.")
+
+    def path(oid, tid):
+        """Return where the file of this revision is, or would be."""
+
+    def get(oid, tid):
+        """Return the path of a cached file and mark it as used, else None."""
+
+    def reserve(entries):
+        """Make room for files that are about to be put, evicting others.
+
+        :param entries: a sequence of ``(oid, tid, size)``.
+        """
+
+    def put(oid, tid, source_path):
+        """Move a complete file into the cache.
+
+        :returns: the path in the cache.
+        :raises OSError: when the file system refuses; source_path may be gone.
+        """
+
+    def put_many(entries):
+        """Move several files, a sequence of ``(oid, tid, source_path)``."""
+
+    def discard(oid, tid):
+        """Forget a file whose revision is garbage."""
+
+    def temporary_file():
+        """Return a path nobody else uses, from which a rename into the cache is atomic."""
+
+    def filling(oid, tid):
+        """Context manager: one filler of this file at a time on this host."""
+
+    def notify_loaded(byte_count):
+        """Bring the cache back below its budget after files came in by another way."""
+
+    def current_size():
+        """Return the sum of the sizes of committed files, in bytes."""
+
+    def wait_for_cleanup():
+        """Return when no eviction is pending."""
+
+    def check(fix=False):
+        """Compare the index with the files.
+
+        :returns: a list of findings, each one sentence; empty when all is well.
+        """
+
+    def close():
+        """Close the index; a later call opens it again."""
+
+
+class IBlobSource(Interface):
+    """A further, read-only place that blobs may be read from."""
+
+    def fetch(oid, tid, target_path):
+        """Write the blob's bytes to target_path, or return False when it has none.
+
+        :raises OSError: when the source cannot tell.
+        """
+
+    def close():
+        """Release what was opened."""
+
+
+class IS3BlobStorage(IBlobStorage):
+    """A storage whose records live in a base storage and whose blobs live in S3."""
+
+    def sweep(dry_run=False):
+        """Delete the objects that no surviving revision needs.
+
+        :returns: a ``SweepReport``.
+        :raises OtherDatabaseError: when the bucket is not this database's alone.
+        """

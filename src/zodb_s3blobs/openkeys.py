@@ -1,0 +1,45 @@
+"""The keys of transactions whose end is not known, and of deletions under way."""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+import threading
+
+
+class OpenKeys:
+    """Keeps the transactions and the sweeps of a storage apart, key by key.
+
+    A sweep decides about a key while no transaction can take it up, and a
+    transaction takes up a key while no sweep is about to delete it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        # Guarded by _changed: both sets.
+        self._open: set[str] = set()
+        self._deleting: set[str] = set()
+
+    def add(self, key: str) -> None:
+        """Enter a key before its upload starts; waits while a sweep deletes it."""
+        with self._changed:
+            while key in self._deleting:
+                self._changed.wait()
+            self._open.add(key)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Drop keys after the base knows the outcome."""
+        with self._changed:
+            self._open.difference_update(keys)
+
+    @contextmanager
+    def deciding(self, keys: Iterable[str]) -> Iterator[set[str]]:
+        """Keep transactions away from those of the keys that none has taken up, and yield these."""
+        with self._changed:
+            free = set(keys) - self._open
+            self._deleting |= free
+        try:
+            yield free
+        finally:
+            with self._changed:
+                self._deleting -= free
+                self._changed.notify_all()

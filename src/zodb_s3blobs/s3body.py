@@ -1,0 +1,103 @@
+"""The bytes of an object: described on their way up, verified on their way down.
+
+Size, SHA-256 and key travel as metadata. Objects of the older package, and those of
+servers that forget metadata, have a length only.
+"""
+
+from collections.abc import Mapping
+import hashlib
+from typing import Any
+from typing import BinaryIO
+
+from .cancellation import Cancellation
+from .cancellation import UploadCancelled
+from .interfaces import IntegrityError
+from .interfaces import TransientS3Error
+from .s3errors import BodyError
+
+
+CHUNK = 1 << 20
+
+
+class CancellableBody:
+    """A file whose reading stops when the upload is cancelled."""
+
+    def __init__(self, file: BinaryIO, cancelled: Cancellation) -> None:
+        self._file = file
+        self._cancelled = cancelled
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if self._cancelled:
+            raise UploadCancelled
+        return self._file.read(size)
+
+
+def describe_bytes(key: str, data: bytes) -> dict[str, str]:
+    """Return the metadata of an object with these bytes."""
+    return _describe(key, len(data), hashlib.sha256(data))
+
+
+def describe_file(key: str, file: BinaryIO) -> dict[str, str]:
+    """Return the metadata of an object with a file's bytes, read from its beginning."""
+    digest = hashlib.sha256()
+    size = 0
+    buffer = memoryview(bytearray(CHUNK))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]  # BinaryIO lacks it
+        digest.update(buffer[:count])
+        size += count
+    return _describe(key, size, digest)
+
+
+def _describe(key: str, size: int, digest: Any) -> dict[str, str]:
+    return {"zodb-key": key, "zodb-size": str(size), "zodb-sha256": digest.hexdigest()}
+
+
+def metadata_of(answer: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of an object as it was sent; some servers change the case of names."""
+    return {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
+
+
+def receive(key: str, answer: Mapping[str, Any], local_path: str) -> None:
+    """Write the body of an answer to get_object to a file and verify it.
+
+    :raises BodyError: when it ends early, or differs from what was stored.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    buffer = memoryview(bytearray(min(CHUNK, answer.get("ContentLength") or CHUNK)))
+    with open(local_path, "wb", buffering=0) as file, answer["Body"] as body:
+        while count := _read(body, buffer):
+            digest.update(buffer[:count])
+            _write_all(file, buffer[:count])
+            size += count
+    _verify(key, answer, size, digest.hexdigest())
+
+
+def _read(body: Any, buffer: memoryview) -> int:
+    from botocore.exceptions import BotoCoreError
+    from urllib3.exceptions import HTTPError
+
+    try:
+        count: int = body.readinto(buffer)
+        return count
+    except (BotoCoreError, HTTPError, OSError) as error:
+        raise BodyError(TransientS3Error, f"the answer was cut: {type(error).__name__}") from error
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _verify(key: str, answer: Mapping[str, Any], size: int, digest: str) -> None:
+    metadata = metadata_of(answer)
+    for what, expected, found in (
+        ("length", str(answer.get("ContentLength", size)), str(size)),
+        ("stored length", metadata.get("zodb-size", str(size)), str(size)),
+        ("SHA-256", metadata.get("zodb-sha256", digest), digest),
+        ("key", metadata.get("zodb-key", key), key),
+    ):
+        if expected != found:
+            raise BodyError(IntegrityError, f"{what} is {found}, expected {expected}")

@@ -1,0 +1,392 @@
+"""Moves files to and from a bucket; translates every boto error at the edge, once."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+import logging
+import os
+from types import MappingProxyType
+from typing import Any
+
+from zope.interface import implementer
+
+from . import values
+from .cancellation import Cancellation
+from .cancellation import UploadCancelled
+from .interfaces import IntegrityError
+from .interfaces import IS3Client
+from .interfaces import MissingObjectError
+from .interfaces import PermanentS3Error
+from .interfaces import S3OperationError
+from .interfaces import TransientS3Error
+from .s3body import CancellableBody
+from .s3body import describe_bytes
+from .s3body import describe_file
+from .s3body import metadata_of
+from .s3body import receive
+from .s3errors import BodyError
+from .s3errors import code_of
+from .s3errors import INTEGRITY_CODES
+from .s3errors import make_error
+from .s3errors import NO_BATCH_DELETE_CODES
+from .s3errors import status_of
+from .s3errors import translated
+from .s3session import S3Session
+
+
+__all__ = ["S3Client", "S3OperationError"]
+
+logger = logging.getLogger(__name__)
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+# A body up to this size is read into memory: without a file, boto3 sends no
+# "Expect: 100-continue", which would cost one more round trip.
+SMALL_BODY = MiB
+LARGEST_SINGLE_REQUEST = 5 * GiB
+# What S3 takes in one DeleteObjects request.
+DELETE_BATCH = 1000
+# botocore does not retry once a body has begun to arrive.
+DOWNLOAD_ATTEMPTS = 3
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@implementer(IS3Client)
+class S3Client:
+    """Files in one bucket of an S3-compatible server, below a prefix.
+
+    Nothing is sent before the first call of a method. Every wait is bounded by
+    the time-outs and by max_attempts.
+
+    :param str bucket_name: 3 to 63 characters.
+    :param str prefix: put before each key, separated by a slash.
+    :param str endpoint_url: http:// or https://; None is AWS.
+    :param str sse_customer_key: 32 bytes, in base64 or as 32 ASCII characters (SSE-C).
+    :param float connect_timeout: seconds.
+    :param float read_timeout: seconds without a byte.
+    :param int max_attempts: how often a request is tried in all.
+    :param int multipart_threshold: bytes from which a file is sent in parts.
+    :param int multipart_part_size: bytes, at least 5 MiB.
+    :param int concurrency: threads that may use the client at the same time.
+    :raises ValueError: for a value that cannot be right.
+    """
+
+    def __init__(
+        self,
+        bucket_name: str,
+        prefix: str = "",
+        endpoint_url: str | None = None,
+        region_name: str | None = None,
+        aws_access_key_id: str | None = None,
+        aws_secret_access_key: str | None = None,
+        use_ssl: bool = True,
+        addressing_style: str = "auto",
+        connect_timeout: float = 10,
+        read_timeout: float = 60,
+        sse_customer_key: str | None = None,
+        *,
+        max_attempts: int = 5,
+        multipart_threshold: int = 64 * MiB,
+        multipart_part_size: int = 16 * MiB,
+        checksum: str = "when_required",
+        ca_bundle: str | None = None,
+        profile: str | None = None,
+        sse: str | None = None,
+        sse_kms_key_id: str | None = None,
+        storage_class: str | None = None,
+        create_bucket: bool = False,
+        concurrency: int = 16,
+    ) -> None:
+        self.bucket_name = values.bucket_name(bucket_name)
+        self.prefix = values.key_prefix(prefix)
+        if endpoint_url is not None:
+            values.endpoint_url(endpoint_url)
+        self._full_prefix = f"{self.prefix}/" if self.prefix else ""
+        self._region_name = region_name
+        self._multipart_threshold = multipart_threshold
+        self._create_bucket = create_bucket
+        self._batch_delete = True
+        self._read_args: dict[str, Any] = {}
+        self._write_args: dict[str, Any] = {}
+        if sse_customer_key:
+            if not values.is_confidential(endpoint_url, use_ssl):
+                raise ValueError("SSE-C sends its key with each request and needs https")
+            self._read_args = {
+                "SSECustomerAlgorithm": "AES256",
+                "SSECustomerKey": values.sse_customer_key(sse_customer_key),
+            }
+            self._write_args.update(self._read_args)
+        if sse:
+            self._write_args["ServerSideEncryption"] = sse
+        if sse_kms_key_id:
+            self._write_args["SSEKMSKeyId"] = sse_kms_key_id
+        if storage_class:
+            self._write_args["StorageClass"] = storage_class
+        self._session = S3Session(
+            {
+                "aws_access_key_id": aws_access_key_id,
+                "aws_secret_access_key": aws_secret_access_key,
+                "region_name": region_name,
+                "profile_name": profile,
+            },
+            {"endpoint_url": endpoint_url, "use_ssl": use_ssl, "verify": ca_bundle},
+            {
+                "signature_version": "s3v4",
+                "s3": {"addressing_style": addressing_style},
+                "connect_timeout": connect_timeout,
+                "read_timeout": read_timeout,
+                "retries": {"mode": "standard", "total_max_attempts": max_attempts},
+                # Fewer than threads: boto3 opens and throws away connections.
+                "max_pool_connections": concurrency + 16,
+                "tcp_keepalive": True,
+                # By default boto3 sends trailers that many servers refuse.
+                "request_checksum_calculation": checksum,
+                "response_checksum_validation": checksum,
+            },
+            multipart_part_size,
+        )
+
+    def __repr__(self) -> str:
+        return f"<S3Client bucket={self.bucket_name!r} prefix={self.prefix!r}>"
+
+    def close(self) -> None:
+        """Release connections; a later call opens them again."""
+        self._session.close()
+
+    # Writing
+
+    def upload_file(
+        self, local_path: str, s3_key: str, cancelled: Cancellation | None = None
+    ) -> None:
+        """Store a file's bytes under a key, with size and SHA-256 as metadata."""
+        with open(local_path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            with self._translated("upload", s3_key, "s3:PutObject"):
+                if size <= SMALL_BODY:
+                    data = file.read()
+                    metadata = describe_bytes(s3_key, data)
+                    self._put(s3_key, data, metadata)
+                    return
+                metadata = describe_file(s3_key, file)
+                cancelled = cancelled or Cancellation()
+                in_parts = size >= self._multipart_threshold or size > LARGEST_SINGLE_REQUEST
+                if not (
+                    in_parts and self._put_parts(s3_key, local_path, size, metadata, cancelled)
+                ):
+                    self._put(s3_key, CancellableBody(file, cancelled), metadata)
+
+    def _put(self, s3_key: str, body: Any, metadata: Mapping[str, str]) -> None:
+        def put() -> None:
+            if not isinstance(body, bytes):
+                body.seek(0)
+            options = {"Body": body, "Metadata": metadata, **self._write_args}
+            self._request("put_object", s3_key, options)
+
+        self._try(put)
+
+    def _put_parts(
+        self,
+        s3_key: str,
+        local_path: str,
+        size: int,
+        metadata: Mapping[str, str],
+        cancelled: Cancellation,
+    ) -> bool:
+        """Upload in parts, which s3transfer removes again on failure.
+
+        :returns: False when the server refuses parts of a size that a single request can carry.
+        """
+        from botocore.exceptions import ClientError
+        from s3transfer.exceptions import CancelledError
+
+        def put() -> None:
+            future = self._session.transfers().upload(
+                local_path,
+                self.bucket_name,
+                self._full_prefix + s3_key,
+                extra_args={"Metadata": metadata, **self._write_args},
+            )
+            cancelled.add_action(future.cancel)
+            future.result()
+
+        try:
+            self._try(put)
+        except CancelledError:
+            raise UploadCancelled from None
+        except ClientError as error:
+            # Seen at Hetzner now and then: UploadPart answers 400.
+            if code_of(error) in INTEGRITY_CODES or not (
+                status_of(error) == 400 and size <= LARGEST_SINGLE_REQUEST
+            ):
+                raise
+            logger.warning("multipart refused key=%s code=%s", s3_key, code_of(error))
+            return False
+        return True
+
+    def copy_object(self, source_key: str, target_key: str) -> None:
+        """Copy an object inside the bucket, of any size, encrypted with the same key."""
+        head = self.head_object(source_key)
+        if head is None:
+            raise make_error(MissingObjectError, "copy", source_key, "no such object")
+        # The copied metadata would go on naming the source.
+        metadata = metadata_of(head)
+        if "zodb-key" in metadata:
+            metadata["zodb-key"] = target_key
+        extra = {"Metadata": metadata, "MetadataDirective": "REPLACE", **self._write_args}
+        for name, value in self._read_args.items():
+            extra[f"CopySource{name}"] = value
+        source = {"Bucket": self.bucket_name, "Key": self._full_prefix + source_key}
+        with self._translated("copy", source_key, "s3:GetObject and s3:PutObject"):
+            if head["ContentLength"] <= LARGEST_SINGLE_REQUEST:
+                self._try(self._request, "copy_object", target_key, {"CopySource": source, **extra})
+            else:
+                transfers = self._session.transfers()
+                target = self._full_prefix + target_key
+                transfers.copy(source, self.bucket_name, target, extra_args=extra).result()
+
+    def delete_object(self, s3_key: str) -> None:
+        """Delete an object; deleting an absent one succeeds."""
+        with self._translated("delete", s3_key, "s3:DeleteObject"):
+            self._try(self._request, "delete_object", s3_key)
+
+    def delete_objects(self, s3_keys: Iterable[str]) -> dict[str, str]:
+        """Delete many objects, in batches where the server can.
+
+        :returns: a dict of key to error code for the keys that were refused.
+        """
+        keys = list(s3_keys)
+        refused: dict[str, str] = {}
+        while keys and self._batch_delete:
+            batch = keys[:DELETE_BATCH]
+            answer = self._delete_batch(batch)
+            if answer is None:
+                logger.info("batch delete refused bucket=%s", self.bucket_name)
+                self._batch_delete = False
+                break
+            refused.update(answer)
+            del keys[:DELETE_BATCH]
+        for key in keys:
+            try:
+                self.delete_object(key)
+            except PermanentS3Error as error:
+                refused[key] = str(error)
+        return refused
+
+    def _delete_batch(self, keys: list[str]) -> dict[str, str] | None:
+        from botocore.exceptions import ClientError
+
+        objects = [{"Key": self._full_prefix + key} for key in keys]
+        with self._translated("delete", keys[0], "s3:DeleteObject"):
+            try:
+                answer = self._try(
+                    lambda: self._session.client().delete_objects(
+                        Bucket=self.bucket_name, Delete={"Objects": objects, "Quiet": True}
+                    )
+                )
+            except ClientError as error:
+                if code_of(error) in NO_BATCH_DELETE_CODES or status_of(error) == 501:
+                    return None
+                raise
+        # A server may answer 200 and refuse single keys.
+        return {
+            error.get("Key", "").removeprefix(self._full_prefix): error.get("Code", "unknown")
+            for error in answer.get("Errors", ())
+        }
+
+    # Reading
+
+    def download_file(self, s3_key: str, local_path: str) -> None:
+        """Write an object's bytes to a file: one GET, verified by length and digest."""
+        for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
+            try:
+                with self._translated("download", s3_key, "s3:GetObject"):
+                    return self._download(s3_key, local_path)
+            except (TransientS3Error, IntegrityError) as error:
+                # Requests were retried by botocore; here a body was cut or damaged on its way.
+                if attempt == DOWNLOAD_ATTEMPTS or not isinstance(error.__cause__, BodyError):
+                    raise
+                logger.warning("download retried key=%s attempt=%d: %s", s3_key, attempt, error)
+
+    def _download(self, s3_key: str, local_path: str) -> None:
+        answer = self._try(self._request, "get_object", s3_key, self._read_args)
+        receive(s3_key, answer, local_path)
+
+    def head_object(self, s3_key: str) -> Mapping[str, Any] | None:
+        """Return a mapping with at least ContentLength, None when absent."""
+        with self._translated("head", s3_key, "s3:GetObject"):
+            try:
+                answer: Mapping[str, Any] = self._request("head_object", s3_key, self._read_args)
+            except Exception as error:
+                if status_of(error) == 404:
+                    return None
+                raise
+            return answer
+
+    def list_objects(self, prefix: str) -> Iterator[str]:
+        """Iterate lazily over the keys that begin with a prefix."""
+        for page in self.list_pages(prefix):
+            for key, _size in page:
+                yield key
+
+    def list_pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
+        """Iterate lazily over lists of at most 1000 (key, size in bytes) pairs."""
+        token: dict[str, str] = {}
+        cut = len(self._full_prefix)
+        while True:
+            with self._translated("list", prefix, "s3:ListBucket"):
+                answer = self._try(self._list, prefix, token)
+            yield [(item["Key"][cut:], item["Size"]) for item in answer.get("Contents", ())]
+            if not answer.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
+        return self._session.client().list_objects_v2(
+            Bucket=self.bucket_name, Prefix=self._full_prefix + prefix, **token
+        )
+
+    # Edges
+
+    def _request(self, method: str, s3_key: str, options: Mapping[str, Any] = NOTHING) -> Any:
+        call = getattr(self._session.client(), method)
+        return call(Bucket=self.bucket_name, Key=self._full_prefix + s3_key, **options)
+
+    def _translated(
+        self, operation: str, key: str, permission: str
+    ) -> AbstractContextManager[None]:
+        if self._read_args:
+            permission += " (SSE-C: check the key; AWS refuses SSE-C on new buckets, not s3-sse)"
+        return translated(operation, key, permission)
+
+    def _try(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call, and once more after mending what can be mended from here."""
+        from botocore.exceptions import ClientError
+
+        try:
+            return call(*args)
+        except ClientError as error:
+            if code_of(error) == "ExpiredToken":
+                # A role's credentials failed to refresh; a new session asks for new ones.
+                self._session.renew()
+            elif code_of(error) == "NoSuchBucket" and self._create_bucket:
+                self._make_bucket()
+            else:
+                raise
+        return call(*args)
+
+    def _make_bucket(self) -> None:
+        from botocore.exceptions import ClientError
+
+        place: dict[str, Any] = {}
+        if self._region_name and self._region_name != "us-east-1":
+            place["CreateBucketConfiguration"] = {"LocationConstraint": self._region_name}
+        try:
+            self._session.client().create_bucket(Bucket=self.bucket_name, **place)
+        except ClientError as error:
+            # Another process was faster.
+            if code_of(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                raise
+        logger.info("bucket created bucket=%s", self.bucket_name)

@@ -1,0 +1,98 @@
+"""The boto3 client of one configuration: made at the first traffic, once a process.
+
+boto3 owns credentials, signing, TLS, retries and connections. Importing it
+takes a quarter of a second and 40 MB, so that happens with the first request.
+"""
+
+import base64
+from collections.abc import Mapping
+import hashlib
+import os
+import threading
+from typing import Any
+
+
+# Creating clients is not thread-safe in boto3, not even in different sessions.
+_creating = threading.Lock()
+
+
+class S3Session:
+    """Hands out a boto3 client and a transfer manager; threads share both.
+
+    :param session_options: arguments of ``boto3.Session``.
+    :param client_options: arguments of ``Session.client("s3", …)`` but config.
+    :param config_options: arguments of ``botocore.config.Config``.
+    :param int part_size: bytes of a part of a multipart transfer.
+    """
+
+    def __init__(
+        self,
+        session_options: Mapping[str, Any],
+        client_options: Mapping[str, Any],
+        config_options: Mapping[str, Any],
+        part_size: int,
+    ) -> None:
+        self._session_options = dict(session_options)
+        self._client_options = dict(client_options)
+        self._config_options = dict(config_options)
+        self._part_size = part_size
+        # Guarded by _creating: _made, the (pid, client, manager) of this process.
+        # A forked child must not use its parent's connections.
+        self._made: tuple[int, Any, Any] | None = None
+
+    def client(self) -> Any:
+        """Return the boto3 S3 client of this process."""
+        return self._get()[1]
+
+    def transfers(self) -> Any:
+        """Return the s3transfer manager of this process."""
+        return self._get()[2]
+
+    def _get(self) -> tuple[int, Any, Any]:
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            with _creating:
+                made = self._made
+                if made is None or made[0] != os.getpid():
+                    made = self._made = (os.getpid(), *self._create())
+        return made
+
+    def _create(self) -> tuple[Any, Any]:
+        import boto3
+        import botocore.config
+        import s3transfer.manager
+
+        client = boto3.Session(**self._session_options).client(
+            "s3", config=botocore.config.Config(**self._config_options), **self._client_options
+        )
+        # Servers that predate the newer checksums want this one.
+        client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
+        config = s3transfer.manager.TransferConfig(
+            multipart_threshold=1, multipart_chunksize=self._part_size
+        )
+        return client, s3transfer.manager.TransferManager(client, config)
+
+    def renew(self) -> None:
+        """Let the next request make a new client; requests under way keep the old one."""
+        self._made = None
+
+    def close(self) -> None:
+        """Close connections and threads of this process; a later call opens them again."""
+        with _creating:
+            made, self._made = self._made, None
+        if made is not None and made[0] == os.getpid():
+            made[2].shutdown()
+            made[1].close()
+
+
+def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def _forget_lock_after_fork() -> None:
+    global _creating
+    _creating = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock_after_fork)

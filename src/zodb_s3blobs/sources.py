@@ -1,0 +1,43 @@
+"""Further places a blob may be read from, asked after S3, never written."""
+
+import os
+import shutil
+
+from ZODB.blob import FilesystemHelper
+from ZODB.blob import LAYOUT_MARKER
+from zope.interface import implementer
+
+from .interfaces import IBlobSource
+
+
+@implementer(IBlobSource)
+class BlobDirSource:
+    """A blob directory of ZODB, as a FileStorage or a blobstorage section leaves it.
+
+    :param str path: an existing directory.
+    :param str layout: "bushy", "lawn" or "automatic".
+    :raises ValueError: when there is no such directory.
+    """
+
+    def __init__(self, path: str, layout: str = "automatic") -> None:
+        if not os.path.isdir(path):
+            raise ValueError(f"there is no blob directory {path}")
+        self._files = FilesystemHelper(path, layout)
+        marker = os.path.join(path, LAYOUT_MARKER)
+        self._landmark = os.path.abspath(marker if os.path.exists(marker) else path)
+
+    def fetch(self, oid: bytes, tid: bytes, target_path: str) -> bool:
+        """Copy the blob's bytes to target_path, or return False when it has none.
+
+        :raises OSError: when the directory is gone or cannot be read.
+        """
+        try:
+            shutil.copyfile(self._files.getBlobFilename(oid, tid), target_path)
+        except FileNotFoundError:
+            # An unmounted directory has no blobs; that does not mean there are none.
+            os.stat(self._landmark)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Nothing is kept open."""

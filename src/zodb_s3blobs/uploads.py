@@ -1,0 +1,78 @@
+"""The bounded pool of uploads of this process."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+
+from .cancellation import Cancellation
+
+
+Work = Callable[[Cancellation], None]
+
+
+class Upload:
+    """One piece of work, somewhere between waiting in the pool and done.
+
+    Attributes: ``future``, whose result is None.
+    """
+
+    def __init__(self, future: "Future[None]", cancelled: Cancellation) -> None:
+        self.future = future
+        self._cancelled = cancelled
+
+    def cancel(self) -> None:
+        """Take the work from the queue, or make it end early."""
+        self.future.cancel()
+        self._cancelled.cancel()
+
+    @property
+    def may_have_sent(self) -> bool:
+        """Tell whether an object may exist by now: false only for work that never began."""
+        return not self.future.cancelled()
+
+
+class UploadPool:
+    """Threads shared by all transactions of a storage; a forked child gets its own.
+
+    :param int concurrency: how many uploads run at the same time.
+    """
+
+    def __init__(self, concurrency: int = 16) -> None:
+        self._concurrency = concurrency
+        self._lock = threading.Lock()
+        # Guarded by _lock: (pid, executor) of this process.
+        self._made: tuple[int, ThreadPoolExecutor] | None = None
+
+    def start(self, work: Work) -> Upload:
+        """Run work(cancelled) in the pool."""
+        cancelled = Cancellation()
+        return Upload(self._submit(work, cancelled), cancelled)
+
+    def _submit(self, work: Work, cancelled: Cancellation) -> "Future[None]":
+        try:
+            return self._executor().submit(work, cancelled)
+        except RuntimeError:
+            # The interpreter is shutting down and takes no new work: do it here.
+            future: Future[None] = Future()
+            try:
+                work(cancelled)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+            return future
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._made is None or self._made[0] != os.getpid():
+                executor = ThreadPoolExecutor(self._concurrency, "zodb-s3blobs")
+                self._made = (os.getpid(), executor)
+            return self._made[1]
+
+    def close(self) -> None:
+        """Wait for what is running and end the threads; a later start makes new ones."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None and made[0] == os.getpid():
+            made[1].shutdown()

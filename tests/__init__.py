@@ -1,0 +1,1 @@
+"""Tests of zodb_s3blobs."""

@@ -1,0 +1,69 @@
+"""Where a test's bucket is, and plain boto3 access to it."""
+
+from dataclasses import dataclass
+import uuid
+
+import boto3
+from botocore.config import Config
+
+
+@dataclass(frozen=True)
+class S3Location:
+    """A bucket and the credentials for it.
+
+    :param str | None ca_bundle: certificate file for an https endpoint that is signed privately
+    """
+
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+    bucket: str
+    ca_bundle: str | None = None
+
+
+def new_bucket(server):
+    """Create a bucket that no other test uses.
+
+    :param server: has the attributes endpoint_url, access_key and secret_key
+    :returns: its `S3Location`
+    """
+    location = S3Location(
+        server.endpoint_url, server.access_key, server.secret_key, f"bucket-{uuid.uuid4().hex}"
+    )
+    client = boto3_client(location)
+    client.create_bucket(Bucket=location.bucket)
+    client.close()
+    return location
+
+
+def boto3_client(location, **config):
+    """Return a client without any code of ours in it, to arrange and to look things up.
+
+    :param config: options of `botocore.config.Config`
+    """
+    return boto3.client(
+        "s3",
+        endpoint_url=location.endpoint_url,
+        aws_access_key_id=location.access_key,
+        aws_secret_access_key=location.secret_key,
+        region_name="us-east-1",
+        verify=location.ca_bundle,
+        config=Config(
+            **{
+                "signature_version": "s3v4",
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+                "s3": {"addressing_style": "path"},
+                **config,
+            }
+        ),
+    )
+
+
+def keys(location, prefix=""):
+    """Return all keys of a bucket that begin with a prefix, as a sorted list."""
+    client = boto3_client(location)
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=prefix)
+    found = sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
+    client.close()
+    return found
