@@ -99,6 +99,13 @@ class S3BlobCache:
             for oid, tid, size in entries:
                 self._reserve(rows, _name(oid, tid), size)
 
+    def release(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
+        """Give back the room of (oid, tid) files that will not be put."""
+        with self._index.writing() as rows:
+            for oid, tid in entries:
+                if not os.path.exists(self.path(oid, tid)):
+                    rows.remove(_name(oid, tid))
+
     def put(self, oid: bytes, tid: bytes, source_path: str) -> str:
         """Move a complete file into the cache and return its path there."""
         source_path = self._bring_near(source_path)

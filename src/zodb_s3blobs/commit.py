@@ -145,7 +145,10 @@ class TransactionBlobs:
         if blob.upload is not None:
             blob.upload.cancel()
             wait([blob.upload.future])
-        self._dropped.add(key)
+        if blob.upload is not None and blob.upload.may_have_sent:
+            self._dropped.add(key)
+        else:
+            self._services.open_keys.remove([key])
         _remove_staged(blob)
 
     def find(self, oid: bytes, serial: bytes) -> str | None:
@@ -226,6 +229,7 @@ class TransactionBlobs:
         finally:
             self._remove_files()
             self._services.open_keys.remove([*self._blobs, *self._dropped])
+            self._services.cache.release([(blob.oid, blob.tid) for blob, _path in self._staged()])
 
     def _cancel(self) -> None:
         for blob in self._blobs.values():

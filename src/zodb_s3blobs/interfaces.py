@@ -123,6 +123,9 @@ class IS3BlobCache(Interface):
         :param entries: a sequence of ``(oid, tid, size)``.
         """
 
+    def release(entries):
+        """Give back the room of files, a sequence of ``(oid, tid)``, that will not be put."""
+
     def put(oid, tid, source_path):
         """Move a complete file into the cache.
 

@@ -2,16 +2,17 @@
 
 What it cannot do (seen with rclone 1.75):
 
-- Object metadata lives in memory: it is gone after a restart, and its names come back
-  capitalised ("Zodb-Size").
-- SSE-C headers and If-None-Match are ignored, CRC and SHA-256 checksum headers are not compared.
-  Content-MD5 is compared, and so is the SHA-256 that a signature covers.
-- There are no versions, policies, bucket listings of multipart uploads, or copies by parts.
-- An object "a" excludes one named "a/b": keys are paths. Names that begin with ".rclone_temp_"
-  are not listed.
+- Object metadata lives in memory: it is gone after a restart, and when the file was changed
+  behind the server's back. Its names come back capitalised ("Zodb-Size").
+- Of a body's digests only Content-MD5 is compared, neither the SHA-256 that the signature covers
+  nor checksum headers. SSE-C and If-None-Match are ignored.
+- Versions, policies, listings of multipart uploads and copies by parts do not work.
+- An object "a" excludes one named "a/b", since keys are paths. Names that begin with
+  ".rclone_temp_" are not listed. Keys with "//" or ".." are refused.
 - A PUT that meets the removal of its directory, which the deletion of its last object causes,
   is now and then answered by 500 InternalError; a client that retries does not notice.
-- A range GET carries the whole object's checksum: validate responses only "when_required".
+- A range GET carries the whole object's checksum where the upload brought one: validate responses
+  only "when_required".
 
 The ETag of an object is empty: without ``--etag-hash ""`` the first request for each object reads
 all of it to compute an MD5.
