@@ -47,6 +47,8 @@ GiB = 1 << 30
 # "Expect: 100-continue", which would cost one more round trip.
 SMALL_BODY = MiB
 LARGEST_SINGLE_REQUEST = 5 * GiB
+# A server is silent while it copies, and must be done within the read time-out.
+LARGEST_SINGLE_COPY = GiB
 # What S3 takes in one DeleteObjects request.
 DELETE_BATCH = 1000
 # botocore does not retry once a body has begun to arrive.
@@ -240,7 +242,7 @@ class S3Client:
             extra[f"CopySource{name}"] = value
         source = {"Bucket": self.bucket_name, "Key": self._full_prefix + source_key}
         with self._translated("copy", source_key, "s3:GetObject and s3:PutObject"):
-            if head["ContentLength"] <= LARGEST_SINGLE_REQUEST:
+            if head["ContentLength"] <= LARGEST_SINGLE_COPY:
                 self._try(self._request, "copy_object", target_key, {"CopySource": source, **extra})
             else:
                 transfers = self._session.transfers()
