@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ZODB.FileStorage.FileStorage import FileStorage
 from ZODB.interfaces import IBlobStorage
+from ZODB.interfaces import IStorageWrapper
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
 
@@ -39,13 +40,14 @@ class TidBase:
             )
         self._base = base
         innermost = base
-        while not isinstance(innermost, (FileStorage, MappingStorage)):
-            innermost = vars(innermost).get("base")
-            if innermost is None:
-                raise ValueError(
-                    f"{base!r} cannot be wrapped: its transactions do not tell their tid in time."
-                    " Use a FileStorage or a MappingStorage"
-                )
+        # A DemoStorage has a base, too; only a wrapper of records passes transactions through.
+        while IStorageWrapper.providedBy(innermost) and hasattr(innermost, "base"):
+            innermost = innermost.base
+        if not isinstance(innermost, (FileStorage, MappingStorage)):
+            raise ValueError(
+                f"{base!r} cannot be wrapped: its transactions do not tell their tid in time."
+                " Use a FileStorage or a MappingStorage"
+            )
         self._innermost = innermost
 
     def tid(self) -> bytes:

@@ -191,6 +191,10 @@ class S3BlobCache:
         rows.remove(name)
         self._make_room(rows, size)
         rows.put(name, size, self._clock())
+        try:
+            os.mkdir(os.path.dirname(self._path_of(name)), mode=0o700)
+        except FileExistsError:
+            pass
 
     def _make_room(self, rows: IndexRows, size: int) -> None:
         begun = self._clock()

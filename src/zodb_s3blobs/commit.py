@@ -39,11 +39,15 @@ class Phase(Enum):
 class _Blob:
     """One blob of a transaction; path is None where S3 copies it."""
 
-    def __init__(self, oid: bytes, tid: bytes, path: str | None, is_new: bool) -> None:
+    def __init__(
+        self, oid: bytes, tid: bytes, path: str | None, is_new: bool, is_ours: bool
+    ) -> None:
         self.oid = oid
         self.tid = tid
         self.path = path
         self.is_new = is_new
+        #: whether the object may be deleted on abort
+        self.is_ours = is_ours
         self.upload: Upload | None = None
 
 
@@ -86,13 +90,22 @@ class TransactionBlobs:
 
     # Staging
 
-    def stage(self, oid: bytes, tid: bytes, blobfilename: str, is_new: bool = False) -> None:
+    def stage(
+        self,
+        oid: bytes,
+        tid: bytes,
+        blobfilename: str,
+        is_new: bool = False,
+        is_restored: bool = False,
+    ) -> None:
         """Take over a file; the upload starts with `start_upload`.
 
+        :param bool is_new: the transaction creates the object.
+        :param bool is_restored: the revision may exist already, here or elsewhere.
         :raises OSError: when the file can be neither renamed nor copied.
         """
         path = os.path.join(self._services.temp_dir, f"staged-{os.urandom(16).hex()}.tmp")
-        blob = self._enter(oid, tid, path, is_new)
+        blob = self._enter(oid, tid, path, is_new, self._owns_keys and not is_restored)
         try:
             rename_or_copy_blob(blobfilename, path, chmod=False)
         except BaseException:
@@ -109,7 +122,7 @@ class TransactionBlobs:
     def copy(self, oid: bytes, source_tid: bytes) -> None:
         """Give the transaction's revision of a blob the bytes of an earlier one."""
         key = blob_key(oid, self.tid)
-        self._enter(oid, self.tid, None, False)
+        self._enter(oid, self.tid, None, False, self._owns_keys)
         self._start(key, lambda cancelled: self._copy(oid, source_tid, key))
 
     def _copy(self, oid: bytes, source_tid: bytes, key: str) -> None:
@@ -126,11 +139,14 @@ class TransactionBlobs:
                     if attempt == EVICTION_ATTEMPTS:
                         raise
 
-    def _enter(self, oid: bytes, tid: bytes, path: str | None, is_new: bool) -> _Blob:
+    def _enter(
+        self, oid: bytes, tid: bytes, path: str | None, is_new: bool, is_ours: bool
+    ) -> _Blob:
         self.drop(oid, tid)
         key = blob_key(oid, tid)
-        self._services.open_keys.add(key)
-        blob = self._blobs[key] = _Blob(oid, tid, path, is_new)
+        if key not in self._dropped:
+            self._services.open_keys.add(key)
+        blob = self._blobs[key] = _Blob(oid, tid, path, is_new, is_ours)
         return blob
 
     def _start(self, key: str, work: Work) -> None:
@@ -145,9 +161,9 @@ class TransactionBlobs:
         if blob.upload is not None:
             blob.upload.cancel()
             wait([blob.upload.future])
-        if blob.upload is not None and blob.upload.may_have_sent:
+        if blob.is_ours and blob.upload is not None and blob.upload.may_have_sent:
             self._dropped.add(key)
-        else:
+        elif key not in self._dropped:
             self._services.open_keys.remove([key])
         _remove_staged(blob)
 
@@ -162,10 +178,17 @@ class TransactionBlobs:
     # Ending
 
     def vote(self) -> None:
-        """Wait until all bytes are in the bucket and reserve their room in the cache.
+        """Reserve room in the cache and wait until all bytes are in the bucket.
 
         :raises S3OperationError: the first failure, which cancels the other uploads.
         """
+        try:
+            self._services.cache.reserve(
+                [(blob.oid, blob.tid, os.path.getsize(path)) for blob, path in self._staged()]
+            )
+        except OSError:
+            # The commit does not depend on the cache.
+            logger.exception("cache refused to reserve room tid=%s", self.tid.hex())
         uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
         done, _pending = wait(uploads, return_when=FIRST_EXCEPTION)
         for future in done:
@@ -175,13 +198,6 @@ class TransactionBlobs:
                 if isinstance(error, S3OperationError):
                     error.oid, error.tid = uploads[future].oid, uploads[future].tid
                 raise error
-        try:
-            self._services.cache.reserve(
-                [(blob.oid, blob.tid, os.path.getsize(path)) for blob, path in self._staged()]
-            )
-        except OSError:
-            # The commit does not depend on the cache.
-            logger.exception("cache refused to reserve room tid=%s", self.tid.hex())
         self.phase = Phase.VOTED
 
     def finish(self) -> None:
@@ -195,7 +211,7 @@ class TransactionBlobs:
             # The transaction is committed and its bytes are in the bucket: a read fetches them.
             logger.exception("cache refused blobs tid=%s", self.tid.hex())
             self._remove_files()
-        self._services.open_keys.remove([*self._blobs, *self._dropped])
+        self._close_keys()
 
     def abort(self) -> None:
         """Undo what was staged and uploaded, after the base has aborted; never raises.
@@ -203,7 +219,7 @@ class TransactionBlobs:
         Nothing is deleted from the bucket once the base was told to finish: its
         answer may have been lost. A sweep decides later.
         """
-        delete = self._owns_keys and self.phase is not Phase.FINISHING
+        delete = self.phase is not Phase.FINISHING
         self.phase = Phase.ENDED
         if not self._blobs and not self._dropped:
             return
@@ -219,17 +235,26 @@ class TransactionBlobs:
 
     def _clean_up(self, delete: bool) -> None:
         try:
-            uploads = {key: blob.upload for key, blob in self._blobs.items() if blob.upload}
-            wait([upload.future for upload in uploads.values()])
-            sent = {key for key, upload in uploads.items() if upload.may_have_sent}
-            if delete and (sent or self._dropped):
-                refused = self._services.client.delete_objects(sorted(sent | self._dropped))
-                if refused:
-                    logger.warning("abort left objects behind refused=%s", refused)
+            uploads = [blob.upload.future for blob in self._blobs.values() if blob.upload]
+            wait(uploads)
+            if delete:
+                self._delete_objects()
         finally:
+            self._close_keys()
             self._remove_files()
-            self._services.open_keys.remove([*self._blobs, *self._dropped])
             self._services.cache.release([(blob.oid, blob.tid) for blob, _path in self._staged()])
+
+    def _delete_objects(self) -> None:
+        keys = set(self._dropped)
+        for key, blob in self._blobs.items():
+            if blob.is_ours and blob.upload is not None and blob.upload.may_have_sent:
+                keys.add(key)
+        refused = self._services.client.delete_objects(sorted(keys)) if keys else {}
+        if refused:
+            logger.warning("abort left objects behind refused=%s", refused)
+
+    def _close_keys(self) -> None:
+        self._services.open_keys.remove([*self._blobs, *self._dropped])
 
     def _cancel(self) -> None:
         for blob in self._blobs.values():
@@ -247,5 +272,11 @@ class TransactionBlobs:
 
 
 def _remove_staged(blob: _Blob) -> None:
-    if blob.path is not None and os.path.exists(blob.path):
-        os.remove(blob.path)
+    try:
+        if blob.path is not None:
+            os.remove(blob.path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        # Whatever happens to the transaction does not depend on it.
+        logger.exception("staged file stays path=%s", blob.path)

@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import threading
 
+from .interfaces import TransientS3Error
+
+
+# Seconds; a deletion is one request with its retries.
+ADD_TIMEOUT = 600.0
+
 
 class OpenKeys:
     """Keeps the transactions and the sweeps of a storage apart, key by key.
@@ -20,16 +26,26 @@ class OpenKeys:
         self._deleting: set[str] = set()
 
     def add(self, key: str) -> None:
-        """Enter a key before its upload starts; waits while a sweep deletes it."""
+        """Enter a key before its upload starts.
+
+        Waits while a sweep decides about it, and while the clean-up of an aborted transaction
+        that had the same tid may still delete it: a MappingStorage gives it out again.
+
+        :raises TransientS3Error: when that takes longer than any clean-up.
+        """
         with self._changed:
-            while key in self._deleting:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: self._is_free(key), ADD_TIMEOUT):
+                raise TransientS3Error(f"{key!r} is still being deleted")
             self._open.add(key)
+
+    def _is_free(self, key: str) -> bool:
+        return key not in self._deleting and key not in self._open
 
     def remove(self, keys: Iterable[str]) -> None:
         """Drop keys after the base knows the outcome."""
         with self._changed:
             self._open.difference_update(keys)
+            self._changed.notify_all()
 
     @contextmanager
     def deciding(self, keys: Iterable[str]) -> Iterator[set[str]]:

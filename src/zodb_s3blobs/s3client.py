@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 MiB = 1 << 20
 GiB = 1 << 30
 
-# A body up to this size is read into memory: without a file, boto3 sends no
-# "Expect: 100-continue", which would cost one more round trip.
+# A body up to this size is read into memory, once, and sent without asking the server first.
 SMALL_BODY = MiB
 LARGEST_SINGLE_REQUEST = 5 * GiB
 # A server is silent while it copies, and must be done within the read time-out.
@@ -100,7 +99,7 @@ class S3Client:
         sse_kms_key_id: str | None = None,
         storage_class: str | None = None,
         create_bucket: bool = False,
-        concurrency: int = 16,
+        concurrency: int = 32,
     ) -> None:
         self.bucket_name = values.bucket_name(bucket_name)
         self.prefix = values.key_prefix(prefix)
@@ -144,6 +143,8 @@ class S3Client:
                 # Fewer than threads: boto3 opens and throws away connections.
                 "max_pool_connections": concurrency + 16,
                 "tcp_keepalive": True,
+                # Otherwise boto3 composes a longer one, twice a request.
+                "user_agent": "zodb-s3blobs",
                 # By default boto3 sends trailers that many servers refuse.
                 "request_checksum_calculation": checksum,
                 "response_checksum_validation": checksum,

@@ -7,6 +7,7 @@ takes a quarter of a second and 40 MB, so that happens with the first request.
 import base64
 from collections.abc import Mapping
 import hashlib
+import io
 import os
 import threading
 from typing import Any
@@ -67,6 +68,7 @@ class S3Session:
         )
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
+        client.meta.events.register_last("before-call.s3", _send_small_at_once)
         config = s3transfer.manager.TransferConfig(
             multipart_threshold=1, multipart_chunksize=self._part_size
         )
@@ -88,6 +90,12 @@ class S3Session:
 def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:
     digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
     params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def _send_small_at_once(params: dict[str, Any], **kwargs: Any) -> None:
+    # boto3 makes a file of bytes, and asks the server before it sends a file: one more round trip.
+    if isinstance(params.get("body"), io.BytesIO):
+        params["headers"].pop("Expect", None)
 
 
 def _forget_lock_after_fork() -> None:

@@ -57,7 +57,7 @@ class S3BlobStorage:
     :param IS3BlobCache cache: where they are on this host.
     :param str temp_dir: for uncommitted files; by default the cache's, and best on its file system.
     :param sources: further places to read blobs from, asked after S3 in this order.
-    :param UploadPool pool: by default one of 16 threads.
+    :param UploadPool pool: by default one of 32 threads.
     :raises ValueError: when the base storage cannot be wrapped.
     """
 
@@ -194,7 +194,7 @@ class S3BlobStorage:
         """Restore a record as it is, and its blob under the revision's own tid."""
         blobs = self.__blobs(transaction)
         result = self.__base.restore(oid, serial, data, "", prev_txn, transaction)
-        blobs.stage(oid, serial, blobfilename)
+        blobs.stage(oid, serial, blobfilename, is_restored=True)
         blobs.start_upload(oid, serial)
         return result
 

@@ -39,7 +39,7 @@ class UploadPool:
     :param int concurrency: how many uploads run at the same time.
     """
 
-    def __init__(self, concurrency: int = 16) -> None:
+    def __init__(self, concurrency: int = 32) -> None:
         self._concurrency = concurrency
         self._lock = threading.Lock()
         # Guarded by _lock: (pid, executor) of this process.
