@@ -1,7 +1,6 @@
 """Which keys no revision needs, and their deletion."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 import logging
 import threading
 from typing import Any
@@ -18,7 +17,6 @@ logger = logging.getLogger(__name__)
 Key = tuple[bytes, bytes]
 
 
-@dataclass
 class SweepReport:
     """Counts of keys; bytes are those of the garbage.
 
@@ -26,15 +24,22 @@ class SweepReport:
     unless nothing was to be deleted.
     """
 
-    listed: int = 0
-    kept: int = 0
-    in_flight: int = 0
-    #: of another form, or of an oid that belongs to another object now
-    foreign: int = 0
-    garbage: int = 0
-    deleted: int = 0
-    failed: int = 0
-    bytes: int = 0
+    def __init__(self) -> None:
+        self.listed = 0
+        self.kept = 0
+        self.in_flight = 0
+        #: of another form, or of an oid that belongs to another object now
+        self.foreign = 0
+        self.garbage = 0
+        self.deleted = 0
+        self.failed = 0
+        self.bytes = 0
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={count}" for name, count in vars(self).items())
+
+    def __repr__(self) -> str:
+        return f"<SweepReport {self}>"
 
 
 class Sweeper:
@@ -70,13 +75,8 @@ class Sweeper:
                     self._sweep_page(page, report, dry_run)
             finally:
                 # A sweep that was stopped has counts, too.
-                logger.info(
-                    "sweep bucket=%s listed=%d kept=%d in_flight=%d foreign=%d garbage=%d"
-                    " deleted=%d failed=%d bytes=%d dry_run=%s",
-                    getattr(self._client, "bucket_name", "?"),
-                    *vars(report).values(),
-                    dry_run,
-                )
+                bucket = getattr(self._client, "bucket_name", "?")
+                logger.info("sweep bucket=%s %s dry_run=%s", bucket, report, dry_run)
         return report
 
     def _sweep_page(self, page: list[tuple[str, int]], report: SweepReport, dry_run: bool) -> None:
