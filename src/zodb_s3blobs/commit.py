@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait
+from contextlib import contextmanager
 from enum import Enum
 import logging
 import os
 from typing import Any
 
 from ZODB.blob import rename_or_copy_blob
+from ZODB.POSException import StorageTransactionError
 from ZODB.utils import z64
 
 from .interfaces import EVICTION_ATTEMPTS
@@ -30,6 +32,8 @@ ABORT_TIMEOUT = 10.0
 
 class Phase(Enum):
     OPEN = "open"
+    #: the base changed, its blob could not follow: only an abort is possible
+    DOOMED = "doomed"
     VOTED = "voted"
     #: the base was told to finish: from here on only it knows the outcome
     FINISHING = "finishing"
@@ -90,33 +94,41 @@ class TransactionBlobs:
 
     # Staging
 
-    def stage(
-        self,
-        oid: bytes,
-        tid: bytes,
-        blobfilename: str,
-        is_new: bool = False,
-        is_restored: bool = False,
-    ) -> None:
-        """Take over a file; the upload starts with `start_upload`.
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Guard what must succeed after the base changed, or the transaction cannot commit."""
+        if self.phase is Phase.VOTED:
+            self.phase = Phase.OPEN
+        try:
+            yield
+        except BaseException:
+            self.phase = Phase.DOOMED
+            raise
 
-        :param bool is_new: the transaction creates the object.
-        :param bool is_restored: the revision may exist already, here or elsewhere.
-        :raises OSError: when the file can be neither renamed nor copied.
+    def take_over(self, blobfilename: str) -> str:
+        """Move a file to a name that no other transaction shares, and return that.
+
+        :raises OSError: when it can be neither renamed nor copied.
         """
         path = os.path.join(self._services.temp_dir, f"staged-{os.urandom(16).hex()}.tmp")
-        blob = self._enter(oid, tid, path, is_new, self._owns_keys and not is_restored)
         try:
             rename_or_copy_blob(blobfilename, path, chmod=False)
         except BaseException:
-            self.drop(oid, blob.tid)
+            remove_quietly(path)
             raise
+        return path
 
-    def start_upload(self, oid: bytes, tid: bytes) -> None:
-        """Start the upload of a staged file."""
+    def stage(
+        self, oid: bytes, tid: bytes, path: str, is_new: bool = False, is_restored: bool = False
+    ) -> None:
+        """Make a file that was taken over the blob of a revision and start its upload.
+
+        :param bool is_new: the transaction creates the object.
+        :param bool is_restored: the revision may exist already, here or elsewhere.
+        """
         key = blob_key(oid, tid)
-        path = self._blobs[key].path
         client = self._services.client
+        self._enter(oid, tid, path, is_new, self._owns_keys and not is_restored)
         self._start(key, lambda cancelled: client.upload_file(path, key, cancelled))
 
     def copy(self, oid: bytes, source_tid: bytes) -> None:
@@ -165,7 +177,7 @@ class TransactionBlobs:
             self._dropped.add(key)
         elif key not in self._dropped:
             self._services.open_keys.remove([key])
-        _remove_staged(blob)
+        remove_quietly(blob.path)
 
     def find(self, oid: bytes, serial: bytes) -> str | None:
         """Return the staged file of the transaction's own tid, or of an object it creates."""
@@ -181,11 +193,16 @@ class TransactionBlobs:
         """Reserve room in the cache and wait until all bytes are in the bucket.
 
         :raises S3OperationError: the first failure, which cancels the other uploads.
+        :raises StorageTransactionError: when a blob could not be staged.
         """
+        if self.phase is Phase.DOOMED:
+            raise StorageTransactionError("a blob could not be staged: abort the transaction")
+        staged = list(self._staged())
         try:
-            self._services.cache.reserve(
-                [(blob.oid, blob.tid, os.path.getsize(path)) for blob, path in self._staged()]
-            )
+            if staged:
+                self._services.cache.reserve(
+                    [(blob.oid, blob.tid, os.path.getsize(path)) for blob, path in staged]
+                )
         except OSError:
             # The commit does not depend on the cache.
             logger.exception("cache refused to reserve room tid=%s", self.tid.hex())
@@ -199,6 +216,15 @@ class TransactionBlobs:
                     error.oid, error.tid = uploads[future].oid, uploads[future].tid
                 raise error
         self.phase = Phase.VOTED
+
+    def begin_finish(self) -> None:
+        """Mark the point after which only the base knows the outcome.
+
+        :raises StorageTransactionError: when blobs were staged that no vote has waited for.
+        """
+        if self._blobs and self.phase is not Phase.VOTED:
+            raise StorageTransactionError("tpc_finish without tpc_vote after a blob was stored")
+        self.phase = Phase.FINISHING
 
     def finish(self) -> None:
         """Move the staged files into the cache, after the base has finished; never raises."""
@@ -242,7 +268,8 @@ class TransactionBlobs:
         finally:
             self._close_keys()
             self._remove_files()
-            self._services.cache.release([(blob.oid, blob.tid) for blob, _path in self._staged()])
+            if staged := [(blob.oid, blob.tid) for blob, _path in self._staged()]:
+                self._services.cache.release(staged)
 
     def _delete_objects(self) -> None:
         keys = set(self._dropped)
@@ -268,15 +295,15 @@ class TransactionBlobs:
 
     def _remove_files(self) -> None:
         for blob in self._blobs.values():
-            _remove_staged(blob)
+            remove_quietly(blob.path)
 
 
-def _remove_staged(blob: _Blob) -> None:
+def remove_quietly(path: str | None) -> None:
+    """Remove a file on which the outcome of its transaction does not depend; never raises."""
     try:
-        if blob.path is not None:
-            os.remove(blob.path)
+        if path is not None:
+            os.remove(path)
     except FileNotFoundError:
         pass
     except OSError:
-        # Whatever happens to the transaction does not depend on it.
-        logger.exception("staged file stays path=%s", blob.path)
+        logger.exception("staged file stays path=%s", path)

@@ -1,6 +1,8 @@
 """Which keys no revision needs, and their deletion."""
 
 from collections.abc import Callable
+from itertools import chain
+from itertools import islice
 import logging
 import threading
 from typing import Any
@@ -13,6 +15,9 @@ from .openkeys import OpenKeys
 
 
 logger = logging.getLogger(__name__)
+
+# Of 1000 keys each, so that the requests that delete what is garbage among them are full.
+PAGES_AT_ONCE = 10
 
 Key = tuple[bytes, bytes]
 
@@ -43,7 +48,7 @@ class SweepReport:
 
 
 class Sweeper:
-    """Deletes what no surviving revision refers to, one page of the listing at a time.
+    """Deletes what no surviving revision refers to, some pages of the listing at a time.
 
     :param storage: answers lastTransaction.
     :param is_blob_record: tells whether a record as the base returns it is a blob's.
@@ -71,17 +76,20 @@ class Sweeper:
         report = SweepReport()
         with self._one_at_a_time:
             try:
-                for page in self._client.list_pages(PREFIX):
-                    self._sweep_page(page, report, dry_run)
+                pages = iter(self._client.list_pages(PREFIX))
+                while batch := [*chain.from_iterable(islice(pages, PAGES_AT_ONCE))]:
+                    self._sweep_batch(batch, report, dry_run)
             finally:
                 # A sweep that was stopped has counts, too.
                 bucket = getattr(self._client, "bucket_name", "?")
                 logger.info("sweep bucket=%s %s dry_run=%s", bucket, report, dry_run)
         return report
 
-    def _sweep_page(self, page: list[tuple[str, int]], report: SweepReport, dry_run: bool) -> None:
-        report.listed += len(page)
-        sizes = dict(page)
+    def _sweep_batch(
+        self, batch: list[tuple[str, int]], report: SweepReport, dry_run: bool
+    ) -> None:
+        report.listed += len(batch)
+        sizes = dict(batch)
         # Transactions enter their keys before they upload, so whatever was listed is either
         # still entered, or its transaction has ended and the base knows how.
         with self._open_keys.deciding(sizes) as free:

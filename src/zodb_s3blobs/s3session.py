@@ -61,9 +61,13 @@ class S3Session:
     def _create(self) -> tuple[Any, Any]:
         import boto3
         import botocore.config
+        import botocore.session
         import s3transfer.manager
 
-        client = boto3.Session(**self._session_options).client(
+        session = botocore.session.Session()
+        # Dates stay text, as in the AWS CLI: parsing those of a listing takes most of its time.
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+        client = boto3.Session(botocore_session=session, **self._session_options).client(
             "s3", config=botocore.config.Config(**self._config_options), **self._client_options
         )
         # Servers that predate the newer checksums want this one.

@@ -26,7 +26,7 @@ from zope.interface import providedBy
 from . import blobpatch
 from .bases import TidBase
 from .commit import BlobServices
-from .commit import Phase
+from .commit import remove_quietly
 from .commit import TransactionBlobs
 from .garbage import Sweeper
 from .garbage import SweepReport
@@ -178,13 +178,14 @@ class S3BlobStorage:
         """Take over a file, store its record in the base and start the upload."""
         assert not version, "Versions aren't supported."
         blobs = self.__blobs(transaction)
-        blobs.stage(oid, blobs.tid, blobfilename, is_new=oldserial in (None, z64))
+        path = blobs.take_over(blobfilename)
         try:
             result = self.__base.store(oid, oldserial, data, "", transaction)
         except BaseException:
-            blobs.drop(oid, blobs.tid)  # no upload for a conflict
+            remove_quietly(path)  # a conflict has no use for it
             raise
-        blobs.start_upload(oid, blobs.tid)
+        with blobs.following():
+            blobs.stage(oid, blobs.tid, path, is_new=oldserial in (None, z64))
         return result
 
     def __restore_blob(
@@ -193,9 +194,14 @@ class S3BlobStorage:
     ) -> Any:  # fmt: skip
         """Restore a record as it is, and its blob under the revision's own tid."""
         blobs = self.__blobs(transaction)
-        result = self.__base.restore(oid, serial, data, "", prev_txn, transaction)
-        blobs.stage(oid, serial, blobfilename, is_restored=True)
-        blobs.start_upload(oid, serial)
+        path = blobs.take_over(blobfilename)
+        try:
+            result = self.__base.restore(oid, serial, data, "", prev_txn, transaction)
+        except BaseException:
+            remove_quietly(path)
+            raise
+        with blobs.following():
+            blobs.stage(oid, serial, path, is_restored=True)
         return result
 
     def __undo(self, transaction_id: bytes, transaction: Any) -> Any:
@@ -203,16 +209,20 @@ class S3BlobStorage:
         blobs = self.__blobs(transaction)
         result = self.__base.undo(transaction_id, transaction)
         undone = decodebytes(transaction_id + b"\n")
-        for oid in result[1]:
-            try:
-                before = self.__base.loadBefore(oid, undone)
-            except POSKeyError:
-                before = None  # the undone transaction brought the object into being again
-            if before is not None and self.is_blob_record(before[0]):
-                blobs.copy(oid, before[1])
-            else:
-                blobs.drop(oid, blobs.tid)
+        with blobs.following():
+            for oid in result[1]:
+                self.__undo_blob(blobs, oid, undone)
         return result
+
+    def __undo_blob(self, blobs: TransactionBlobs, oid: bytes, undone: bytes) -> None:
+        try:
+            before = self.__base.loadBefore(oid, undone)
+        except POSKeyError:
+            before = None  # the undone transaction brought the object into being again
+        if before is not None and self.is_blob_record(before[0]):
+            blobs.copy(oid, before[1])
+        else:
+            blobs.drop(oid, blobs.tid)
 
     def tpc_vote(self, transaction: Any) -> Any:
         """Wait for all uploads, then vote on the base.
@@ -226,7 +236,7 @@ class S3BlobStorage:
     def tpc_finish(self, transaction: Any, f: Callable[[bytes], Any] = lambda tid: None) -> Any:
         """Finish the base, then move the blobs into the cache."""
         blobs = self.__blobs(transaction)
-        blobs.phase = Phase.FINISHING
+        blobs.begin_finish()
         result = self.__base.tpc_finish(transaction, f)
         transaction.set_data(self, None)
         blobs.finish()
