@@ -94,7 +94,7 @@ class IS3Client(Interface):
         """Iterate lazily over the keys that begin with a prefix, sorted."""
 
     def list_pages(prefix):
-        """Iterate lazily over lists of at most 1000 ``(key, size)`` pairs."""
+        """Iterate lazily over lists of 1 to 1000 ``(key, size)`` pairs."""
 
     def close():
         """Release connections; a later call opens them again."""

@@ -335,13 +335,14 @@ class S3Client:
                 yield key
 
     def list_pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
-        """Iterate lazily over lists of at most 1000 (key, size in bytes) pairs."""
+        """Iterate lazily over lists of 1 to 1000 (key, size in bytes) pairs."""
         token: dict[str, str] = {}
         cut = len(self._full_prefix)
         while True:
             with self._translated("list", prefix, "s3:ListBucket"):
                 answer = self._try(self._list, prefix, token)
-            yield [(item["Key"][cut:], item["Size"]) for item in answer.get("Contents", ())]
+            if page := [(item["Key"][cut:], item["Size"]) for item in answer.get("Contents", ())]:
+                yield page
             if not answer.get("IsTruncated"):
                 return
             token = {"ContinuationToken": answer["NextContinuationToken"]}

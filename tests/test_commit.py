@@ -1,0 +1,501 @@
+"""TransactionBlobs: staged, uploaded, voted, finished or aborted, and what fails on the way."""
+
+import os
+import tempfile
+import time
+
+import pytest
+import transaction
+from transaction.interfaces import TransientError
+from ZODB.blob import Blob
+from ZODB.Connection import TransactionMetaData
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import ConflictError
+from ZODB.utils import p64
+
+from zodb_s3blobs import commit
+from zodb_s3blobs.cache import S3BlobCache
+from zodb_s3blobs.interfaces import PermanentS3Error
+from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.uploads import UploadPool
+
+from .services.location import keys
+from .storages import BLOB_RECORD
+from .storages import commit_blob
+from .storages import commit_record
+from .storages import Failure
+from .storages import Gate
+from .storages import leftovers
+from .storages import load
+from .storages import make_storage
+from .storages import read
+from .storages import start
+from .storages import store_blob
+from .storages import write_file
+
+
+OID = p64(1)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return FileStorage(f"{tmp_path}/Data.fs")
+
+
+@pytest.fixture
+def made(s3, tmp_path, base):
+    """(storage, its hooked client)."""
+    storage, client = make_storage(s3, tmp_path, base=base)
+    yield storage, client
+    storage.close()
+
+
+def begun(storage):
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn)
+    return txn
+
+
+class TestFailingUpload:
+    def test_vote_raises_with_oid_and_tid_and_abort_leaves_nothing(self, made, s3):
+        """What the background upload met is raised by the vote, before the base's vote."""
+        storage, client = made
+        client.before["upload_file"] = Failure(times=1)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"one")
+        store_blob(storage, txn, p64(2), b"two")
+        tid = txn.data(storage).tid
+        with pytest.raises(TransientS3Error) as caught:
+            storage.tpc_vote(txn)
+        assert caught.value.oid in (OID, p64(2))
+        assert caught.value.tid == tid
+        assert isinstance(caught.value, TransientError)
+        storage.tpc_abort(txn)
+        assert keys(s3) == []
+        assert leftovers(storage) == []
+        # The commit lock is free
+        assert load(storage, OID, commit_blob(storage, OID, b"again")) == b"again"
+
+    def test_errors_of_local_files_reach_the_vote_as_they_are(self, made, s3):
+        """A staged file that cannot be read fails the vote, not a later read."""
+        storage, client = made
+        client.before["upload_file"] = Failure(OSError(5, "disk broken, says the test"))
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"one")
+        with pytest.raises(OSError, match="disk broken"):
+            storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+
+    def test_retry_through_a_connection_commits_the_same_blob(self, made):
+        """A transient failure is retried as Zope retries, and the bytes are complete."""
+        storage, client = made
+        db = DB(storage)
+        client.before["upload_file"] = Failure(times=1)
+        manager = transaction.TransactionManager()
+        conn = db.open(manager)
+        attempts = []
+        for attempt in manager.attempts(3):
+            with attempt:
+                attempts.append(attempt)
+                conn.root()["blob"] = Blob(b"at last")
+        assert len(attempts) == 2
+        assert read(conn.root()["blob"]) == b"at last"
+        conn.close()
+        db.close()
+
+    def test_first_failure_cancels_uploads_that_wait(self, s3, tmp_path, base):
+        """The vote does not send the rest of a transaction that cannot commit."""
+        storage, client = make_storage(s3, tmp_path, base=base, pool=UploadPool(1))
+        client.before["upload_file"] = Failure(times=1)
+        txn = begun(storage)
+        for number in range(1, 20):
+            store_blob(storage, txn, p64(number), b"bytes")
+        with pytest.raises(TransientS3Error):
+            storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+        assert client.count("upload_file") < 19
+        storage.close()
+
+
+class TestFailingBase:
+    def test_base_that_refuses_to_vote_leaves_an_abortable_transaction(
+        self, made, base, s3, monkeypatch
+    ):
+        """Uploaded blobs of a transaction whose base says no are removed."""
+        storage, _client = made
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "tpc_vote", Failure(ConflictError("says the test")))
+            txn = begun(storage)
+            store_blob(storage, txn, OID, b"one")
+            with pytest.raises(ConflictError):
+                storage.tpc_vote(txn)
+            assert keys(s3) == [blob_key(OID, txn.data(storage).tid)]
+            storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+        commit_blob(storage, OID, b"again")
+
+    def test_vote_that_failed_leaves_the_cache_as_it_was(self, s3, tmp_path, base, monkeypatch):
+        """Room reserved for an aborted transaction is given back: it is not in use."""
+        storage, _client = make_storage(s3, tmp_path, base=base)
+        commit_blob(storage, OID, b"kept")
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "tpc_vote", Failure(ConflictError("says the test")))
+            txn = begun(storage)
+            store_blob(storage, txn, p64(2), b"x" * 1000)
+            with pytest.raises(ConflictError):
+                storage.tpc_vote(txn)
+            storage.tpc_abort(txn)
+        storage.close()
+        cache = S3BlobCache(f"{tmp_path}/cache")
+        assert cache.current_size() == 4
+        assert cache.check() == []
+        cache.close()
+
+    @pytest.mark.parametrize("committed", [False, True])
+    def test_nothing_is_deleted_after_the_bases_finish_raised(
+        self, made, base, s3, monkeypatch, committed
+    ):
+        """The outcome is unknown: the object stays, and a sweep decides when it is known."""
+        storage, _client = made
+        finish = base.tpc_finish
+
+        def fail(*args):
+            if committed:
+                finish(*args)
+            raise OSError("says the test")
+
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"one")
+        tid = txn.data(storage).tid
+        storage.tpc_vote(txn)
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "tpc_finish", fail)
+            with pytest.raises(OSError, match="says the test"):
+                storage.tpc_finish(txn)
+        storage.tpc_abort(txn)
+        assert keys(s3) == [blob_key(OID, tid)]
+        assert leftovers(storage) == []
+        commit_record(storage, p64(9))
+        report = storage.sweep()
+        assert (report.kept, report.deleted) == (committed, not committed)
+        if committed:
+            assert load(storage, OID, tid) == b"one"
+
+    def test_base_that_cannot_begin_leaves_nothing_begun(self, made, base, monkeypatch):
+        """tpc_begin that fails on our side gives the commit lock back."""
+        storage, _client = made
+
+        class Bare:
+            """A transaction that cannot carry data."""
+
+            user = description = b""
+            extension_bytes = b""
+
+        with pytest.raises(AttributeError):
+            storage.tpc_begin(Bare())
+        commit_blob(storage, OID, b"next")
+
+
+class TestSecondStore:
+    def test_second_store_of_an_oid_wins(self, made, s3):
+        """One object remains, with the bytes stored last, whatever the first upload does."""
+        storage, _client = made
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"first" * 1000)
+        store_blob(storage, txn, OID, b"second")
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        assert load(storage, OID, tid) == b"second"
+        assert keys(s3) == [blob_key(OID, tid)]
+        assert leftovers(storage) == []
+
+    def test_first_upload_that_ends_late_does_not_win(self, made, s3, tmp_path):
+        """The second store awaits the first one's upload, in the bucket the second remains."""
+        storage, client = made
+        gate = client.before["upload_file"] = Gate()
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"first")
+        gate.wait()
+        second = start(store_blob, storage, txn, OID, b"second")
+        del client.before["upload_file"]
+        gate.open()
+        second.result()
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        client.client.download_file(blob_key(OID, tid), f"{tmp_path}/downloaded")
+        with open(f"{tmp_path}/downloaded", "rb") as file:
+            assert file.read() == b"second"
+
+    def test_failure_of_the_first_upload_does_not_fail_the_second(self, made):
+        """A store that was replaced cannot fail the transaction any more."""
+        storage, client = made
+        client.before["upload_file"] = Failure(times=1)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"first")
+        store_blob(storage, txn, OID, b"second")
+        storage.tpc_vote(txn)
+        assert load(storage, OID, storage.tpc_finish(txn)) == b"second"
+
+
+class TestConflict:
+    def test_conflict_leaves_no_staged_file_and_uploads_nothing(self, made, s3):
+        """A ConflictError in storeBlob costs no upload."""
+        storage, client = made
+        first = commit_blob(storage, OID, b"first")
+        second = commit_blob(storage, OID, b"second", first)
+        before, uploads = keys(s3), client.count("upload_file")
+        txn = begun(storage)
+        with pytest.raises(ConflictError):
+            store_blob(storage, txn, OID, b"late", first)
+        assert leftovers(storage) == []
+        storage.tpc_abort(txn)
+        assert keys(s3) == before
+        assert client.count("upload_file") == uploads
+        assert load(storage, OID, second) == b"second"
+
+    def test_abort_of_a_conflict_makes_no_request(self, made):
+        """Nothing was sent, so that nothing needs to be deleted: conflicts are everyday."""
+        storage, client = made
+        first = commit_blob(storage, OID, b"first")
+        commit_blob(storage, OID, b"second", first)
+        client.calls.clear()
+        txn = begun(storage)
+        with pytest.raises(ConflictError):
+            store_blob(storage, txn, OID, b"late", first)
+        storage.tpc_abort(txn)
+        assert client.calls == []
+
+
+class TestAbort:
+    def test_abort_while_an_upload_hangs_is_bounded(self, made, monkeypatch, s3):
+        """abort() gives up waiting; the rest is done when the upload comes back."""
+        monkeypatch.setattr(commit, "ABORT_TIMEOUT", 0.2)
+        storage, client = made
+        gate = client.before["upload_file"] = Gate()
+        deleted = client.after["delete_objects"] = Gate()
+        deleted.open()
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"hanging")
+        gate.wait()
+        begin = time.monotonic()
+        storage.tpc_abort(txn)
+        assert time.monotonic() - begin < 5
+        del client.before["upload_file"]
+        # Others go on while the upload hangs.
+        tid = commit_blob(storage, p64(2), b"next")
+        gate.open()
+        deleted.wait()
+        assert keys(s3) == [blob_key(p64(2), tid)]
+
+    def test_sweep_spares_an_upload_that_outlives_its_abort(self, made, monkeypatch):
+        """The key stays in flight until the late clean-up is through with it."""
+        monkeypatch.setattr(commit, "ABORT_TIMEOUT", 0.2)
+        storage, client = made
+        gate = client.after["upload_file"] = Gate()
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"hanging")
+        gate.wait()
+        storage.tpc_abort(txn)
+        client.after.clear()
+        commit_blob(storage, p64(2), b"next")
+        report = storage.sweep()
+        assert (report.in_flight, report.kept, report.deleted) == (1, 1, 0)
+        gate.open()
+
+    def test_abort_whose_deletion_fails_frees_files_and_lock(self, made, s3):
+        """Best effort: what stays in the bucket is garbage for a sweep."""
+        storage, client = made
+        client.before["delete_objects"] = Failure()
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"left behind")
+        storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert leftovers(storage) == []
+        assert len(keys(s3)) == 1
+        client.before.clear()
+        tid = commit_blob(storage, OID, b"next")
+        assert storage.sweep().deleted == 1
+        assert keys(s3) == [blob_key(OID, tid)]
+
+    def test_late_clean_up_spares_a_later_transaction_of_the_same_tid(
+        self, s3, tmp_path, monkeypatch
+    ):
+        """Where the clock went back, a MappingStorage gives an aborted tid out again."""
+        monkeypatch.setattr(commit, "ABORT_TIMEOUT", 0.2)
+        storage, client = make_storage(s3, tmp_path, base=MappingStorage())
+        commit_record(storage, p64(9))
+        monkeypatch.setattr(time, "time", lambda: 1e9)
+        gate = client.before["upload_file"] = Gate()
+        aborted = begun(storage)
+        store_blob(storage, aborted, OID, b"aborted")
+        gate.wait()
+        storage.tpc_abort(aborted)
+        del client.before["upload_file"]
+        done = client.after["delete_objects"] = Gate()
+        done.open()
+        later = start(commit_blob, storage, OID, b"committed")
+        later.join(0.2)
+        gate.open()
+        done.wait()
+        tid = later.result()
+        client.client.download_file(blob_key(OID, tid), f"{tmp_path}/downloaded")
+        with open(f"{tmp_path}/downloaded", "rb") as file:
+            assert file.read() == b"committed"
+        storage.close()
+
+    def test_aborting_twice_changes_nothing(self, made, s3):
+        """The second abort finds nothing to do."""
+        storage, client = made
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        storage.tpc_abort(txn)
+        client.calls.clear()
+        storage.tpc_abort(txn)
+        assert client.calls == []
+
+
+class TestStaging:
+    @pytest.mark.parametrize("stored_before", [False, True])
+    def test_file_that_is_not_there_fails_the_store_alone(self, made, tmp_path, s3, stored_before):
+        """Whoever catches the error can commit the rest, with the bytes stored before, if any."""
+        storage, _client = made
+        txn = begun(storage)
+        store_blob(storage, txn, p64(2), b"other")
+        if stored_before:
+            store_blob(storage, txn, OID, b"before")
+        with pytest.raises(OSError):
+            storage.storeBlob(OID, p64(0), BLOB_RECORD, f"{tmp_path}/none", "", txn)
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        expected = [blob_key(p64(2), tid)]
+        if stored_before:
+            expected.insert(0, blob_key(OID, tid))
+            assert load(storage, OID, tid) == b"before"
+        assert keys(s3) == expected
+        assert leftovers(storage) == []
+
+    def test_conflict_of_a_second_store_keeps_the_first(self, made, s3):
+        """The base refuses the second record, so that the first one's bytes stay with it."""
+        storage, _client = made
+        first = commit_blob(storage, OID, b"first")
+        second = commit_blob(storage, OID, b"second", first)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"third", second)
+        with pytest.raises(ConflictError):
+            store_blob(storage, txn, OID, b"late", first)
+        storage.tpc_vote(txn)
+        third = storage.tpc_finish(txn)
+        assert load(storage, OID, third) == b"third"
+        assert blob_key(OID, third) in keys(s3)
+        assert leftovers(storage) == []
+
+    def test_file_of_another_file_system_is_copied(self, made):
+        """Where a rename is refused the bytes are copied, and the file is taken all the same."""
+        storage, _client = made
+        path = write_file(b"from afar", "/dev/shm" if os.path.isdir("/dev/shm") else None)
+        txn = begun(storage)
+        storage.storeBlob(OID, p64(0), BLOB_RECORD, path, "", txn)
+        assert not os.path.exists(path)
+        storage.tpc_vote(txn)
+        assert load(storage, OID, storage.tpc_finish(txn)) == b"from afar"
+
+    @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no second file system")
+    def test_staging_on_another_file_system_than_the_cache_works(self, s3, tmp_path, base):
+        """temp_dir may lie anywhere, at the cost of a copy."""
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+            storage, _client = make_storage(s3, tmp_path, base=base, temp_dir=f"{directory}/new")
+            assert storage.temporaryDirectory() == f"{directory}/new"
+            tid = commit_blob(storage, OID, b"from afar")
+            path = storage.loadBlob(OID, tid)
+            assert path.startswith(f"{tmp_path}/cache")
+            assert os.stat(path).st_mode & 0o222 == 0
+            assert load(storage, OID, tid) == b"from afar"
+            assert (leftovers(storage), os.listdir(f"{tmp_path}/cache/tmp")) == ([], [])
+            storage.close()
+
+    def test_cache_that_refuses_does_not_fail_the_commit(self, s3, tmp_path, base, monkeypatch):
+        """The bytes are in the bucket: a broken cache costs a download, not a transaction."""
+        storage, _client = make_storage(s3, tmp_path, base=base)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"committed")
+        storage.tpc_vote(txn)
+        for name in os.listdir(storage.temporaryDirectory()):
+            os.remove(os.path.join(storage.temporaryDirectory(), name))
+        tid = storage.tpc_finish(txn)
+        assert load(storage, OID, tid) == b"committed"
+        storage.close()
+
+    def test_disk_that_refuses_everything_does_not_fail_the_finish(self, s3, tmp_path, base):
+        """After the base's finish the transaction is committed, whatever the disk says."""
+        storage, _client = make_storage(s3, tmp_path, base=base)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"committed")
+        storage.tpc_vote(txn)
+        directory = storage.temporaryDirectory()
+        os.chmod(directory, 0o500)
+        os.chmod(f"{tmp_path}/cache", 0o500)
+        try:
+            tid = storage.tpc_finish(txn)
+        finally:
+            os.chmod(f"{tmp_path}/cache", 0o700)
+            os.chmod(directory, 0o700)
+        assert load(storage, OID, tid) == b"committed"
+        second = commit_blob(storage, OID, b"second", tid)
+        assert storage.sweep().kept == 2
+        assert load(storage, OID, second) == b"second"
+        storage.close()
+
+    def test_disk_that_refuses_everything_does_not_keep_an_aborted_key_open(
+        self, s3, tmp_path, base
+    ):
+        """What an abort could not remove from disk must not count as in flight for ever."""
+        storage, client = make_storage(s3, tmp_path, base=base)
+        client.before["delete_objects"] = Failure(times=1)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"aborted")
+        storage.tpc_vote(txn)
+        os.chmod(storage.temporaryDirectory(), 0o500)
+        try:
+            storage.tpc_abort(txn)
+        finally:
+            os.chmod(storage.temporaryDirectory(), 0o700)
+        commit_record(storage, p64(9))
+        assert storage.sweep().deleted == 1
+        storage.close()
+
+    def test_blob_larger_than_the_cache_is_committed_and_read(self, s3, tmp_path, base):
+        """cache-size bounds the cache, not the blobs."""
+        storage, _client = make_storage(s3, tmp_path, base=base, cache_size=100)
+        small = commit_blob(storage, OID, b"small")
+        large = commit_blob(storage, p64(2), b"x" * 1000)
+        assert load(storage, p64(2), large) == b"x" * 1000
+        assert load(storage, OID, small) == b"small"
+        storage.close()
+
+
+def test_no_request_is_made_between_vote_and_end_of_finish(made):
+    """tpc_finish needs no S3: it cannot fail because of blobs."""
+    storage, client = made
+    txn = begun(storage)
+    store_blob(storage, txn, OID, b"bytes")
+    storage.tpc_vote(txn)
+    client.calls.clear()
+    storage.tpc_finish(txn)
+    assert client.calls == []
+
+
+def test_permanent_error_is_no_transient_error(made):
+    """What an operator must mend is not retried."""
+    storage, client = made
+    client.before["upload_file"] = Failure(PermanentS3Error("denied, says the test"))
+    txn = begun(storage)
+    store_blob(storage, txn, OID, b"bytes")
+    with pytest.raises(PermanentS3Error) as caught:
+        storage.tpc_vote(txn)
+    assert not isinstance(caught.value, TransientError)
+    storage.tpc_abort(txn)

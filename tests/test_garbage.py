@@ -1,0 +1,485 @@
+"""Sweeper: precise to the revision, safe against everything under way, and silent about nothing."""
+
+import logging
+import os
+import time
+
+import pytest
+import transaction
+from ZODB.blob import Blob
+from ZODB.Connection import TransactionMetaData
+from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import POSKeyError
+from ZODB.TimeStamp import TimeStamp
+from ZODB.utils import p64
+from ZODB.utils import u64
+
+from zodb_s3blobs import garbage
+from zodb_s3blobs.interfaces import OtherDatabaseError
+from zodb_s3blobs.interfaces import PermanentS3Error
+from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.keys import blob_key
+
+from .services.location import boto3_client
+from .services.location import keys
+from .storages import commit_blob
+from .storages import commit_record
+from .storages import Failure
+from .storages import Gate
+from .storages import load
+from .storages import make_client
+from .storages import make_storage
+from .storages import open_db
+from .storages import open_storage
+from .storages import PLAIN_RECORD
+from .storages import read
+from .storages import start
+from .storages import store_blob
+from .storages import TcpProxy
+
+
+OID = p64(1)
+OTHER = p64(2)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return FileStorage(f"{tmp_path}/Data.fs")
+
+
+@pytest.fixture
+def made(s3, tmp_path, base):
+    """(storage, its hooked client)."""
+    storage, client = make_storage(s3, tmp_path, base=base)
+    yield storage, client
+    storage.close()
+
+
+def put(location, *names):
+    """Put objects into the bucket that no transaction of this database has made."""
+    client = boto3_client(location)
+    for name in names:
+        client.put_object(Bucket=location.bucket, Key=name, Body=b"12345")
+    client.close()
+
+
+def rewrite(db, *versions):
+    """Commit one revision of the root's blob after the other; return their tids."""
+    tids = []
+    for data in versions:
+        with db.transaction() as conn:
+            conn.root()["blob"] = blob = conn.root().get("blob") or Blob()
+            with blob.open("w") as file:
+                file.write(data)
+        tids.append(db.lastTransaction())
+    return tids
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("kind", ["FileStorage", "MappingStorage"])
+    def test_five_rewrites_and_a_pack_leave_one_object(self, s3, tmp_path, kind):
+        """What no revision refers to is deleted, what one does is kept."""
+        base = MappingStorage() if kind == "MappingStorage" else None
+        storage, _client = make_storage(s3, tmp_path, base=base)
+        db = DB(storage)
+        tids = rewrite(db, *(b"%d" % number for number in range(5)))
+        with db.transaction() as conn:
+            oid = conn.root()["blob"]._p_oid
+        assert len(keys(s3)) == 5
+        db.pack(time.time() + 1)
+        assert keys(s3) == [blob_key(oid, tids[-1])]
+        db.pack(time.time() + 1)
+        with db.transaction() as conn:
+            assert read(conn.root()["blob"]) == b"4"
+        db.close()
+
+    def test_revisions_inside_the_pack_window_survive(self, s3, tmp_path):
+        """Those since the pack time, and the one that was current then, can be read."""
+        db = open_db(s3, tmp_path)
+        versions = [b"%d" % number for number in range(5)]
+        tids = rewrite(db, *versions)
+        with db.transaction() as conn:
+            oid = conn.root()["blob"]._p_oid
+        times = [TimeStamp(tid).timeTime() for tid in tids]
+        db.pack((times[2] + times[3]) / 2)
+        db.close()
+        assert keys(s3) == sorted(blob_key(oid, tid) for tid in tids[2:])
+        db = open_db(s3, tmp_path, cache="empty")
+        for tid, data in list(zip(tids, versions, strict=True))[2:]:
+            assert load(db.storage, oid, tid) == data
+            conn = db.open(at=tid)
+            assert read(conn.root()["blob"]) == data
+            conn.close()
+        for tid in tids[:2]:
+            with pytest.raises(POSKeyError):
+                db.storage.loadBlob(oid, tid)
+        db.close()
+
+    def test_undone_and_redone_revisions_inside_the_window_survive(self, s3, tmp_path):
+        """Behind an undone creation lie revisions that can still be undone to."""
+        db = open_db(s3, tmp_path)
+        rewrite(db, b"0", b"1")
+        for count in (2, 1):  # undo both at once, then undo that
+            manager = transaction.TransactionManager()
+            db.undoMultiple([entry["id"] for entry in db.undoLog(0, count)], manager.get())
+            manager.commit()
+        # The first undo's copy of 0, which its second one makes needless, may be there or not.
+        assert db.storage.sweep().kept == 3
+        assert len(keys(s3)) == 3
+        db.close()
+        db = open_db(s3, tmp_path, cache="empty")
+        with db.transaction() as conn:
+            assert read(conn.root()["blob"]) == b"1"
+        db.close()
+
+    def test_blob_of_an_undone_creation_survives_until_it_is_packed(self, s3, tmp_path):
+        """The creation can be redone as long as its revision is there."""
+        db = open_db(s3, tmp_path)
+        rewrite(db, b"0")
+        manager = transaction.TransactionManager()
+        db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
+        manager.commit()
+        assert db.storage.sweep().kept == 1
+        db.pack(time.time() + 1)
+        assert keys(s3) == []
+        db.close()
+
+    def test_unreachable_blob_goes_with_its_object(self, s3, tmp_path):
+        """Garbage collection of the base takes the blob along, and its cached file."""
+        db = open_db(s3, tmp_path)
+        rewrite(db, b"0")
+        with db.transaction() as conn:
+            blob = conn.root()["blob"]
+            blob._p_activate()
+            path = db.storage.fshelper.getBlobFilename(blob._p_oid, blob._p_serial)
+            del conn.root()["blob"]
+        db.pack(time.time() + 1)
+        assert keys(s3) == []
+        assert not os.path.exists(path)
+        db.close()
+
+    def test_several_pages_are_swept(self, made, s3, monkeypatch):
+        """More keys than one page of a listing, or one batch of a deletion, holds."""
+        monkeypatch.setattr(garbage, "PAGES_AT_ONCE", 1)
+        storage, client = made
+        commit_record(storage, p64(9))
+        tid = commit_blob(storage, OID, b"kept")
+        put(s3, *(blob_key(p64(0x1000 + number), p64(5)) for number in range(1005)))
+        report = storage.sweep()
+        assert (report.listed, report.kept, report.deleted) == (1006, 1, 1005)
+        assert keys(s3) == [blob_key(OID, tid)]
+        assert client.count("delete_objects") == 2
+
+
+class TestInFlight:
+    def test_blob_between_upload_and_vote_survives_a_sweep(self, made, s3):
+        """Uploaded, not voted: no revision refers to it yet."""
+        storage, client = made
+        first = commit_blob(storage, OID, b"first")
+        uploaded = client.after["upload_file"] = Gate()
+        uploaded.open()
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        store_blob(storage, txn, OID, b"second", first)
+        uploaded.wait()
+        report = storage.sweep()
+        assert (report.kept, report.in_flight, report.deleted) == (1, 1, 0)
+        storage.tpc_vote(txn)
+        second = storage.tpc_finish(txn)
+        assert keys(s3) == sorted(blob_key(OID, tid) for tid in (first, second))
+
+    def test_blob_between_vote_and_finish_survives_a_pack_under_way(self, s3, tmp_path):
+        """The base is packed, the sweep has begun, and then a transaction votes."""
+        storage, client = make_storage(s3, tmp_path)
+        db = DB(storage)
+        serial = rewrite(db, b"0", b"1")[-1]
+        with db.transaction() as conn:
+            oid = conn.root()["blob"]._p_oid
+        gate = client.before["list_pages"] = Gate()
+        pack = start(db.pack, time.time() + 1)
+        gate.wait()
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        store_blob(storage, txn, oid, b"2", serial)
+        storage.tpc_vote(txn)
+        gate.open()
+        pack.result()
+        tid = storage.tpc_finish(txn)
+        assert keys(s3) == sorted(blob_key(oid, each) for each in (serial, tid))
+        db.close()
+        storage = open_storage(s3, tmp_path, cache="empty")
+        assert load(storage, oid, tid) == b"2"
+        storage.close()
+
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_transaction_that_finishes_while_the_sweep_asks_keeps_its_blob(
+        self, made, base, s3, monkeypatch, place
+    ):
+        """Listed in flight, finished before the base is asked, or just after it."""
+        storage, _client = made
+        first = commit_blob(storage, OID, b"first")
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn)
+        store_blob(storage, txn, OID, b"second", first)
+        storage.tpc_vote(txn)
+        last_transaction, history = base.lastTransaction, base.history
+
+        def finish():
+            if storage.tpc_transaction() is txn:
+                storage.tpc_finish(txn)
+
+        def finish_then_tell():
+            finish()
+            return last_transaction()
+
+        def tell_then_finish(*args, **kw):
+            answer = history(*args, **kw)
+            finish()
+            return answer
+
+        if place == "before":
+            monkeypatch.setattr(base, "lastTransaction", finish_then_tell)
+        else:
+            monkeypatch.setattr(base, "history", tell_then_finish)
+        assert storage.sweep().deleted == 0
+        assert len(keys(s3)) == 2
+
+    def test_keys_above_the_last_transaction_are_spared_and_counted(self, made, s3):
+        """They may be another process's, or an orphan that a later sweep deletes."""
+        storage, _client = made
+        last = commit_record(storage, p64(9))
+        put(s3, blob_key(OID, p64(u64(last) + 1)), blob_key(OID, p64(u64(last) - 1)))
+        report = storage.sweep()
+        assert (report.in_flight, report.deleted) == (1, 1)
+        commit_record(storage, p64(9), last)
+        assert storage.sweep().deleted == 1
+        assert keys(s3) == []
+
+
+class TestOtherKeys:
+    def test_keys_of_other_forms_are_left_alone_and_counted(self, made, s3):
+        """Only keys that this package writes are judged."""
+        storage, _client = made
+        last = u64(commit_record(storage, p64(9)))
+        foreign = [
+            "blobs/readme.txt",
+            f"blobs/0001/{last - 1:x}.blob",
+            f"blobs/1/{last - 1:X}.BLOB",
+            "blobs/1/" + 32 * "a" + ".blob",
+            "blobs/xyz/1.blob",
+            f"blobs/1/{last - 1:x}.blob.bak",
+            f"blobs/a/b/{last - 1:x}.blob",
+        ]
+        put(s3, "elsewhere/1.blob", *foreign)
+        report = storage.sweep()
+        assert (report.listed, report.foreign, report.deleted) == (7, 7, 0)
+        assert len(keys(s3)) == 8
+
+    def test_another_databases_key_stops_the_sweep_and_its_page_is_kept(self, made, s3):
+        """An oid that is no blob here, with a key younger than it: nothing is deleted."""
+        storage, _client = made
+        tid = commit_record(storage, OTHER)
+        commit_blob(storage, OID, b"ours")
+        last = commit_record(storage, p64(9))
+        assert tid < last
+        put(s3, blob_key(p64(3), p64(5)), blob_key(OTHER, p64(u64(tid) + 1)))
+        before = keys(s3)
+        with pytest.raises(OtherDatabaseError) as caught:
+            storage.sweep()
+        assert caught.value.key == blob_key(OTHER, p64(u64(tid) + 1))
+        assert caught.value.oid == OTHER
+        assert keys(s3) == before
+        with pytest.raises(OtherDatabaseError):
+            storage.sweep(dry_run=True)
+
+    def test_foreign_bucket_without_a_key_of_ours_stops_the_sweep(self, made, s3):
+        """Older keys of an oid that is no blob here, and not one that is surely ours."""
+        storage, _client = made
+        commit_record(storage, OTHER)
+        put(s3, blob_key(OTHER, p64(5)), blob_key(p64(3), p64(5)))
+        before = keys(s3)
+        with pytest.raises(OtherDatabaseError):
+            storage.sweep()
+        assert keys(s3) == before
+
+    def test_orphan_whose_oid_was_given_out_again_is_kept_and_stops_nothing(self, made, s3):
+        """A crash's orphan can look like another database's key: it is spared, others are not."""
+        storage, _client = made
+        first = commit_blob(storage, OID, b"ours")
+        commit_record(storage, OTHER)
+        put(s3, blob_key(OTHER, p64(5)), blob_key(p64(3), p64(5)))
+        report = storage.sweep()
+        assert (report.kept, report.foreign, report.deleted) == (1, 1, 1)
+        assert keys(s3) == [blob_key(OID, first), blob_key(OTHER, p64(5))]
+
+
+class TestErrors:
+    """An error never means garbage."""
+
+    def garbage(self, storage, location):
+        commit_blob(storage, OID, b"ours")
+        put(location, blob_key(p64(3), p64(5)), blob_key(OID, p64(5)))
+        return keys(location)
+
+    @pytest.mark.parametrize("method", ["history", "loadSerial", "lastTransaction"])
+    def test_base_that_fails_to_answer_stops_the_sweep(self, made, base, s3, monkeypatch, method):
+        """Anything but "these revisions" or POSKeyError deletes nothing."""
+        storage, _client = made
+        before = self.garbage(storage, s3)
+        monkeypatch.setattr(base, method, Failure(OSError("says the test")))
+        with pytest.raises(OSError, match="says the test"):
+            storage.sweep()
+        assert keys(s3) == before
+
+    def test_listing_that_fails_stops_the_sweep(self, made, s3):
+        """The error is raised to whoever packs."""
+        storage, client = made
+        db = DB(storage)
+        rewrite(db, b"0", b"1")
+        before = keys(s3)
+        client.before["list_pages"] = Failure(PermanentS3Error("says the test"))
+        with pytest.raises(PermanentS3Error):
+            db.pack(time.time() + 1)
+        assert keys(s3) == before
+        client.before.clear()
+        db.pack(time.time() + 1)
+        assert len(keys(s3)) == 1
+        db.close()
+
+    def test_base_that_fails_to_pack_is_not_swept_after(self, made, base, s3, monkeypatch):
+        """Without a pack there is nothing to say about garbage."""
+        storage, client = made
+        before = self.garbage(storage, s3)
+        monkeypatch.setattr(base, "pack", Failure(OSError("says the test")))
+        client.calls.clear()
+        with pytest.raises(OSError, match="says the test"):
+            storage.pack(time.time(), None)
+        assert client.calls == []
+        assert keys(s3) == before
+
+    def test_arguments_of_pack_and_its_result_are_the_bases(self, made, base, monkeypatch):
+        """Bases differ in what pack takes."""
+        storage, _client = made
+        monkeypatch.setattr(base, "pack", lambda *args, **kw: (args, kw))
+        assert storage.pack(1, 2, gc=False) == ((1, 2), {"gc": False})
+
+    def test_keys_whose_deletion_is_refused_are_counted_as_failed(self, made, s3, caplog):
+        """One refused key hinders no other, and the next sweep tries again."""
+        storage, client = made
+        self.garbage(storage, s3)
+        stubborn = blob_key(p64(3), p64(5))
+        delete = client.client.delete_objects
+
+        def refuse(names):
+            delete([name for name in names if name != stubborn])
+            return {stubborn: "AccessDenied"}
+
+        client.delete_objects = refuse
+        report = storage.sweep()
+        assert (report.garbage, report.deleted, report.failed) == (2, 1, 1)
+        assert "AccessDenied" in caplog.text
+        del client.delete_objects
+        assert storage.sweep().deleted == 1
+
+    def test_deletion_that_fails_leaves_a_database_that_can_be_swept(self, made, s3):
+        """A sweep that broke off blocks no commit and no later sweep."""
+        storage, client = made
+        self.garbage(storage, s3)
+        client.before["delete_objects"] = Failure(times=1)
+        with pytest.raises(TransientS3Error):
+            storage.sweep()
+        assert storage.sweep().deleted == 2
+        commit_blob(storage, p64(3), b"next")
+
+    def test_sweeps_of_two_threads_take_turns(self, made, s3):
+        """The second sweep finds what the first has left."""
+        storage, client = made
+        self.garbage(storage, s3)
+        gate = client.before["delete_objects"] = Gate()
+        first = start(storage.sweep)
+        gate.wait()
+        second = start(storage.sweep)
+        gate.open()
+        assert first.result().deleted == 2
+        assert (second.result().listed, second.result().deleted) == (1, 0)
+
+
+class TestReport:
+    def test_dry_run_counts_what_the_real_one_deletes_and_deletes_nothing(self, made, s3):
+        """The same report, but for deleted."""
+        storage, _client = made
+        commit_blob(storage, OID, b"ours")
+        last = commit_record(storage, OTHER)
+        put(
+            s3, "blobs/readme.txt", blob_key(p64(3), p64(5)), blob_key(OID, p64(5)),
+            blob_key(OTHER, p64(5)), blob_key(OID, p64(u64(last) + 1)),
+        )  # fmt: skip
+        before = keys(s3)
+        dry = storage.sweep(dry_run=True)
+        assert keys(s3) == before
+        real = storage.sweep()
+        assert (dry.deleted, real.deleted) == (0, 2)
+        dry.deleted = 2
+        assert repr(dry) == repr(real)
+        assert (real.listed, real.kept, real.in_flight, real.foreign) == (6, 1, 1, 2)
+        assert (real.garbage, real.bytes, real.failed) == (2, 10, 0)
+
+    def test_one_log_line_has_the_counts(self, made, s3, caplog):
+        """An operator sees what a pack did to the bucket."""
+        storage, _client = made
+        commit_blob(storage, OID, b"ours")
+        put(s3, blob_key(OID, p64(5)))
+        with caplog.at_level(logging.INFO, "zodb_s3blobs"):
+            storage.sweep()
+        (line,) = [record.getMessage() for record in caplog.records]
+        for text in (s3.bucket, "listed=2", "kept=1", "garbage=1", "deleted=1", "bytes=5"):
+            assert text in line
+
+    def test_empty_bucket_is_swept_without_a_question(self, made, base, monkeypatch):
+        """Nothing listed, nothing asked."""
+        storage, _client = made
+        monkeypatch.setattr(base, "history", Failure())
+        assert storage.sweep().listed == 0
+
+
+class TestFallBack:
+    def test_server_without_batch_delete_gets_single_deletes(self, s3, tmp_path):
+        """501 to DeleteObjects once, then one request for each key, for good."""
+        posts = []
+
+        def refuse(head):
+            if head.startswith(b"POST ") and b"delete" in head.split(b"\r\n")[0]:
+                posts.append(head)
+                return (
+                    b"HTTP/1.1 501 Not Implemented\r\nContent-Type: application/xml\r\n"
+                    b"Connection: close\r\nContent-Length: 52\r\n\r\n"
+                    b"<Error><Code>NotImplemented</Code></Error>          "
+                )
+            return None
+
+        with TcpProxy(s3.endpoint_url, answer=refuse) as proxy:
+            storage, client = make_storage(s3, tmp_path)
+            client.client = make_client(proxy.location(s3))
+            tid = commit_blob(storage, OID, b"ours")
+            put(s3, *(blob_key(p64(number), p64(5)) for number in range(10, 15)))
+            assert storage.sweep().deleted == 5
+            assert keys(s3) == [blob_key(OID, tid)]
+            put(s3, blob_key(p64(10), p64(5)))
+            assert storage.sweep().deleted == 1
+            storage.close()
+        assert len(posts) == 1
+
+
+def test_record_of_no_blob_at_the_end_of_a_blobs_life_is_recognised(made, s3):
+    """An oid that was a blob's and became another object's keeps its revisions' blobs."""
+    storage, _client = made
+    first = commit_blob(storage, OID, b"ours")
+    commit_record(storage, OID, first, PLAIN_RECORD)
+    before = keys(s3)
+    try:
+        storage.sweep()
+    except OtherDatabaseError:
+        pass  # strange enough to stop
+    assert keys(s3) == before

@@ -1,0 +1,235 @@
+"""BlobLoader: from (oid, serial) to a complete file, and which error says what."""
+
+import os
+
+import pytest
+from ZODB.blob import BlobFile
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import POSKeyError
+from ZODB.utils import p64
+from ZODB.utils import z64
+
+from zodb_s3blobs.interfaces import IntegrityError
+from zodb_s3blobs.interfaces import PermanentS3Error
+from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.sources import BlobDirSource
+
+from .services.location import boto3_client
+from .services.location import new_bucket
+from .storages import commit_blob
+from .storages import Failure
+from .storages import Gate
+from .storages import leftovers
+from .storages import load
+from .storages import make_storage
+from .storages import open_storage
+from .storages import start
+
+
+OID = p64(1)
+
+
+@pytest.fixture
+def cold(s3, tmp_path):
+    """(storage with an empty cache, its client, tid of a blob with the bytes b"bytes")."""
+    storage, _client = make_storage(s3, tmp_path)
+    tid = commit_blob(storage, OID, b"bytes")
+    storage.close()
+    storage, client = make_storage(s3, tmp_path, "empty")
+    yield storage, client, tid
+    storage.close()
+
+
+def test_cold_read_makes_one_request_and_later_ones_none(cold):
+    """A miss costs one GET and no HEAD, a hit costs nothing."""
+    storage, client, tid = cold
+    for _ in range(3):
+        assert load(storage, OID, tid) == b"bytes"
+    assert client.calls == [("download_file", blob_key(OID, tid))]
+
+
+def test_same_path_is_returned_every_time_and_is_not_writable(cold):
+    """Blob.committed() relies on it."""
+    storage, _client, tid = cold
+    path = storage.loadBlob(OID, tid)
+    assert storage.loadBlob(OID, tid) == path == storage.fshelper.getBlobFilename(OID, tid)
+    assert os.stat(path).st_mode & 0o222 == 0
+    os.remove(path)
+    assert storage.loadBlob(OID, tid) == path
+
+
+def test_threads_that_want_the_same_blob_wait_for_one_download(cold):
+    """Single flight: the first downloads, the others get its file."""
+    storage, client, tid = cold
+    gate = client.before["download_file"] = Gate()
+    threads = [start(load, storage, OID, tid) for _ in range(8)]
+    gate.wait()
+    gate.open()
+    assert [thread.result() for thread in threads] == [b"bytes"] * 8
+    assert client.count("download_file") == 1
+
+
+def test_blob_that_hangs_does_not_hold_up_others(cold, tmp_path):
+    """While one blob's download hangs, a second blob is committed, evicted and read."""
+    storage, client, tid = cold
+    other = commit_blob(storage, p64(2), b"other")
+    os.remove(storage.loadBlob(p64(2), other))
+    gate = client.before["download_file"] = Gate()
+    hanging = start(load, storage, OID, tid)
+    gate.wait()
+    del client.before["download_file"]
+    assert load(storage, p64(2), other) == b"other"
+    gate.open()
+    assert hanging.result() == b"bytes"
+
+
+def test_failed_download_is_tried_again_by_the_next_who_asks(cold):
+    """A failure is nobody's but the one's who met it, and leaves no file."""
+    storage, client, tid = cold
+    client.before["download_file"] = Failure(times=1)
+    with pytest.raises(TransientS3Error):
+        storage.loadBlob(OID, tid)
+    assert leftovers(storage) == []
+    assert not os.path.exists(storage.fshelper.getBlobFilename(OID, tid))
+    assert load(storage, OID, tid) == b"bytes"
+
+
+def test_absent_object_is_a_poskeyerror_with_its_key(cold):
+    """The bucket answered and has no such blob: it is gone."""
+    storage, _client, tid = cold
+    for oid, serial in ((p64(2), tid), (OID, p64(5)), (OID, z64)):
+        with pytest.raises(POSKeyError, match=blob_key(oid, serial)):
+            storage.loadBlob(oid, serial)
+    assert leftovers(storage) == []
+
+
+def test_bucket_that_is_missing_or_denied_is_never_a_poskeyerror(s3, rclone, tmp_path):
+    """A mistake in the configuration must not look like lost data."""
+    other = new_bucket(rclone)
+    boto3_client(other).delete_bucket(Bucket=other.bucket)
+    storage = open_storage(other, tmp_path)
+    with pytest.raises(PermanentS3Error, match="NoSuchBucket"):
+        storage.loadBlob(OID, p64(5))
+    storage.close()
+    denied = type(s3)(s3.endpoint_url, s3.access_key, "wrong", s3.bucket)
+    storage = open_storage(denied, tmp_path)
+    with pytest.raises(PermanentS3Error, match="s3-secret-key"):
+        storage.loadBlob(OID, p64(5))
+    storage.close()
+
+
+def test_damaged_object_is_an_integrity_error_and_is_not_cached(cold, s3):
+    """Other bytes under the key are refused, by the metadata stored with them."""
+    storage, _client, tid = cold
+    client = boto3_client(s3)
+    key = {"Bucket": s3.bucket, "Key": blob_key(OID, tid)}
+    metadata = client.head_object(**key)["Metadata"]
+    client.put_object(**key, Body=b"bytez", Metadata=metadata)
+    with pytest.raises(IntegrityError):
+        storage.loadBlob(OID, tid)
+    assert leftovers(storage) == []
+    client.put_object(**key, Body=b"bytes", Metadata=metadata)
+    assert load(storage, OID, tid) == b"bytes"
+
+
+class TestSources:
+    @pytest.fixture
+    def old(self, tmp_path):
+        """(blob directory, tid) of a database that has not migrated."""
+        stock = FileStorage(f"{tmp_path}/Old.fs", blob_dir=f"{tmp_path}/old")
+        tid = commit_blob(stock, OID, b"old")
+        stock.close()
+        return f"{tmp_path}/old", tid
+
+    def test_source_is_asked_when_the_bucket_has_no_such_object(self, s3, tmp_path, old):
+        """Blobs of the old directory are served, through the cache."""
+        directory, tid = old
+        storage, client = make_storage(
+            s3, tmp_path, base=MappingStorage(), sources=[BlobDirSource(directory)]
+        )
+        assert load(storage, OID, tid) == b"old"
+        assert storage.loadBlob(OID, tid) == storage.fshelper.getBlobFilename(OID, tid)
+        assert client.count("download_file") == 1
+        with pytest.raises(POSKeyError):
+            storage.loadBlob(p64(2), tid)
+        storage.close()
+
+    def test_source_that_fails_is_not_taken_for_one_that_has_nothing(self, s3, tmp_path, old):
+        """An unreadable old directory must not look like lost data."""
+        directory, tid = old
+        source = BlobDirSource(directory)
+        source.fetch = Failure(PermissionError(13, "says the test"))
+        storage, _client = make_storage(s3, tmp_path, base=MappingStorage(), sources=[source])
+        with pytest.raises(PermissionError):
+            storage.loadBlob(OID, tid)
+        assert leftovers(storage) == []
+        storage.close()
+
+    def test_file_of_the_old_directory_is_neither_moved_nor_changed(self, s3, tmp_path, old):
+        """Sources are read-only: the old site can be switched back."""
+        directory, tid = old
+        before = {
+            os.path.join(place, name): os.stat(os.path.join(place, name)).st_mtime_ns
+            for place, _names, names in os.walk(directory)
+            for name in names
+        }
+        storage, _client = make_storage(
+            s3, tmp_path, base=MappingStorage(), sources=[BlobDirSource(directory)]
+        )
+        load(storage, OID, tid)
+        storage.close()
+        for path, changed in before.items():
+            assert os.stat(path).st_mtime_ns == changed
+
+
+class TestOpening:
+    def test_eviction_between_load_and_open_is_met_by_another_load(self, cold, monkeypatch):
+        """openCommittedBlobFile asks again when the path it was given is gone."""
+        storage, client, tid = cold
+        evictions = 3
+
+        def evict(*args):
+            nonlocal evictions
+            if evictions:
+                evictions -= 1
+                os.remove(storage.fshelper.getBlobFilename(OID, tid))
+
+        load_blob = storage.loadBlob
+
+        def load_and_evict(oid, serial):
+            path = load_blob(oid, serial)
+            evict()
+            return path
+
+        monkeypatch.setattr(storage, "loadBlob", load_and_evict)
+        with storage.openCommittedBlobFile(OID, tid) as file:
+            assert file.read() == b"bytes"
+        assert client.count("download_file") == 4
+
+    def test_blobs_own_file_class_is_used_for_blobs(self, cold):
+        """With a Blob given, the file is a BlobFile."""
+        storage, _client, tid = cold
+
+        class Owner:
+            def closed(self, file):
+                self.file = file
+
+        owner = Owner()
+        with storage.openCommittedBlobFile(OID, tid, owner) as file:
+            assert isinstance(file, BlobFile)
+            assert file.read() == b"bytes"
+        assert owner.file is file
+
+    def test_open_file_stays_readable_after_its_eviction(self, s3, tmp_path):
+        """A cache of one blob's size serves two readers at once."""
+        storage, _client = make_storage(s3, tmp_path, cache_size=1000)
+        first = commit_blob(storage, OID, b"1" * 1000)
+        with storage.openCommittedBlobFile(OID, first) as file:
+            second = commit_blob(storage, p64(2), b"2" * 1000)
+            assert not os.path.exists(storage.fshelper.getBlobFilename(OID, first))
+            assert load(storage, p64(2), second) == b"2" * 1000
+            assert file.read() == b"1" * 1000
+        assert load(storage, OID, first) == b"1" * 1000
+        storage.close()
