@@ -133,9 +133,6 @@ def test_key_is_taken(text, line, value):
     assert getattr(parse(text(line)).config, name) == value
 
 
-unclear = pytest.mark.xfail(reason="defect: Python's message, not ours")
-
-
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -157,21 +154,21 @@ unclear = pytest.mark.xfail(reason="defect: Python's message, not ours")
         ("s3-checksum never", "when_required, when_supported"),
         ("s3-connect-timeout 0", "such as 10s"),
         ("s3-connect-timeout -1s", "such as 10s"),
-        pytest.param("s3-connect-timeout soon", "such as 10s", marks=unclear),
+        ("s3-connect-timeout soon", "such as 10s"),
         ("s3-connect-timeout nan", "such as 10s"),
         ("s3-read-timeout inf", "such as 10s"),
         ("s3-read-timeout 25h", "such as 10s"),
         ("s3-max-attempts 0", "from 1 to 256"),
-        pytest.param("s3-max-attempts many", "from 1 to 256", marks=unclear),
+        ("s3-max-attempts many", "from 1 to 256"),
         ("upload-concurrency 257", "from 1 to 256"),
-        pytest.param("upload-concurrency 1.5", "from 1 to 256", marks=unclear),
+        ("upload-concurrency 1.5", "from 1 to 256"),
         ("s3-multipart-threshold 0", "at least one byte"),
-        pytest.param("s3-multipart-threshold large", "such as 64MB", marks=unclear),
+        ("s3-multipart-threshold large", "such as 64MB"),
         ("s3-multipart-part-size 4MB", "5MB to 5GB"),
         ("s3-multipart-part-size 6GB", "5MB to 5GB"),
         ("cache-size 0", "at least one byte"),
         ("cache-size -1GB", "at least one byte"),
-        pytest.param("cache-size 1.5GB", "such as 64MB", marks=unclear),
+        ("cache-size 1.5GB", "such as 64MB"),
         ("s3-ca-bundle /nowhere/bundle.pem", "no file /nowhere/bundle.pem"),
         ("s3-create-bucket perhaps", "boolean"),
     ],
@@ -289,13 +286,7 @@ def test_blobstorage_as_base_is_refused(text, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param("", marks=pytest.mark.xfail(reason="defect: the advice is about blob-dir")),
-        "<mappingstorage changes>\n</mappingstorage>\n",
-    ],
-)
+@pytest.mark.parametrize("changes", ["", "<mappingstorage changes>\n</mappingstorage>\n"])
 def test_base_that_cannot_be_wrapped_is_refused_at_open_and_closed(text, tmp_path, changes):
     """A DemoStorage shows no tid, that of the storage inside least; the message says what does."""
     base = (

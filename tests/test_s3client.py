@@ -396,7 +396,6 @@ def test_listing_keeps_odd_keys_as_they_are(moto, connect):
     assert keys(moto) == []
 
 
-@pytest.mark.xfail(reason="defect: a KeyError")
 def test_truncated_listing_without_a_token_is_an_error(connect, moto, faulty):
     """A listing that cannot be continued is not taken for complete, nor repeated for ever."""
     server, behind = faulty(moto)
@@ -476,7 +475,6 @@ def test_failed_copy_in_parts_leaves_nothing_behind(moto, connect, faulty, sourc
     assert uploads_under_way(moto) == []
 
 
-@pytest.mark.xfail(reason="defect: 501 is transient")
 def test_operation_that_the_server_lacks_is_permanent(moto, connect, faulty, source):
     """501 does not go away; Ceph answers so to a copy under SSE-C."""
     server, behind = faulty(moto)
@@ -557,7 +555,6 @@ def test_server_without_batches_gets_single_deletions_and_that_is_remembered(
     assert server.kinds() == ["POST delete", "DELETE", "DELETE", "DELETE"]
 
 
-@pytest.mark.xfail(reason="defect: a message, no code")
 def test_single_deletions_report_the_code_of_what_is_refused(moto, connect, faulty):
     """The mapping is the same, whichever way the server deletes; the others are deleted."""
     server, behind = faulty(moto)
@@ -616,16 +613,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [
-        "upload",
-        "download",
-        pytest.param("copy", marks=pytest.mark.xfail(reason="defect: HEAD cannot tell")),
-        "list",
-        "delete",
-    ],
-)
+@pytest.mark.parametrize("operation", ["upload", "download", "copy", "list", "delete"])
 def test_missing_bucket_is_permanent_and_says_what_to_do(location, connect, target, operation):
     """It is never taken for a missing object, which a read would report as a lost blob."""
     client = connect(location, bucket_name="no-such-bucket")
@@ -683,10 +671,7 @@ def test_cut_answer_is_asked_for_again(s3, connect, faulty, source, target, rese
     assert server.kinds() == ["PUT", "GET", "GET", "GET"]
 
 
-@pytest.mark.parametrize(
-    "reset",
-    [pytest.param(False, marks=pytest.mark.xfail(reason="defect: an integrity error")), True],
-)
+@pytest.mark.parametrize("reset", [False, True])
 def test_answer_that_is_always_cut_is_transient(s3, connect, faulty, source, target, reset):
     """After a few attempts the caller decides; the transaction may be tried again."""
     server, behind = faulty(s3)
@@ -740,7 +725,6 @@ def test_changed_byte_is_an_integrity_error(location, connect, faulty, source, t
     assert (caught.value.operation, caught.value.key) == ("download", KEY)
 
 
-@pytest.mark.xfail(reason="defect: never compared")
 def test_checksum_of_the_server_is_compared_where_configured(moto, connect, faulty, target):
     """s3-checksum when_supported: also for an object without our metadata."""
     plain = boto3_client(moto)
@@ -876,13 +860,7 @@ def test_refused_connection_is_transient(moto, connect, target, operation):
     assert not target.exists()
 
 
-TIMED_OUT_HEAD = [
-    pytest.param(name, marks=pytest.mark.xfail(reason="defect: an AttributeError"))
-    for name in ("copy", "head")
-]
-
-
-@pytest.mark.parametrize("operation", [*list(OPERATIONS)[:2], *TIMED_OUT_HEAD, "list", "delete"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_server_that_never_answers_is_waited_for_in_bounds(moto, connect, target, operation):
     """The time-out and the number of attempts bound the wait."""
     with SilentServer() as server:
@@ -1001,7 +979,6 @@ def test_lost_answer_to_the_completion_is_no_permanent_failure(moto, connect, fa
     assert uploads_under_way(moto) == []
 
 
-@pytest.mark.xfail(reason="defect: the given cancellation is dropped")
 @pytest.mark.parametrize("threshold", [8 * MiB, 1 << 30])
 def test_cancelled_upload_ends_early(s3, connect, latency_proxy, source, threshold):
     """An abort does not wait until a slow wire has taken all bytes; no object appears."""
@@ -1047,7 +1024,6 @@ def test_upload_cancelled_before_it_begins_sends_no_object(moto, connect, source
     assert uploads_under_way(moto) == []
 
 
-@pytest.mark.xfail(reason="defect: a RuntimeError")
 def test_upload_in_parts_at_interpreter_shutdown(moto, tmp_path):
     """A commit in an atexit handler does not depend on the size of its blob."""
     large = tmp_path / "large"

@@ -63,7 +63,6 @@ def test_unreadable_blob_is_an_error_and_not_absent(tmp_path):
         BlobDirSource(path).fetch(OID, TID, str(tmp_path / "target"))
 
 
-@pytest.mark.xfail(reason="defect: False")
 def test_target_that_cannot_be_written_is_an_error_and_not_an_absent_blob(tmp_path):
     """Returning False would turn a full or vanished cache into a POSKeyError."""
     source = BlobDirSource(blob_directory(tmp_path / "blobs", "lawn"))
@@ -87,7 +86,6 @@ def test_missing_directory_is_refused(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.xfail(reason="defect: accepted")
 def test_layout_that_contradicts_the_marker_is_refused(tmp_path):
     """Otherwise no file would be where it is looked for, and each old blob seem lost."""
     path = blob_directory(tmp_path / "blobs", "bushy")

@@ -121,7 +121,6 @@ def test_child_forked_while_the_parent_uploads_can_upload(pool):
     upload.future.result(10)
 
 
-@pytest.mark.xfail(reason="defect: it runs twice")
 def test_work_runs_once_where_no_thread_can_be_started(pool, monkeypatch):
     """At the limit of threads it runs inline, and not again when a thread comes free."""
     runs = []

@@ -115,9 +115,6 @@ def test_endpoint_with_a_port_or_host_that_cannot_be_is_refused(url):
         values.endpoint_url(url)
 
 
-quoted = pytest.mark.xfail(reason="defect: the password is quoted")
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -125,9 +122,9 @@ quoted = pytest.mark.xfail(reason="defect: the password is quoted")
         "https://user@s3.example.com",
         "https://s3.example.com?token=hunter2",
         "https://s3.example.com#hunter2",
-        pytest.param("ftp://user:hunter2@s3.example.com", marks=quoted),
-        pytest.param("https://user:hunter2@", marks=quoted),
-        pytest.param("user:hunter2@s3.example.com", marks=quoted),
+        "ftp://user:hunter2@s3.example.com",
+        "https://user:hunter2@",
+        "user:hunter2@s3.example.com",
         "https://user:hunter2@s3.example.com:port",
     ],
 )

@@ -36,7 +36,8 @@ class TidBase:
         if IBlobStorage.providedBy(base):
             raise ValueError(
                 f"{base!r} has a blob directory of its own, where undo would look for files that"
-                " are in S3: remove its blob-dir and name the directory as a <blobdir-source>"
+                " are in S3. Use a FileStorage or a MappingStorage without blob-dir, and name the"
+                " directory, where there is one, as a <blobdir-source>"
             )
         self._base = base
         innermost = base

@@ -22,10 +22,10 @@ import os
 import re
 import threading
 import time
+import weakref
 import zlib
 
 from ZODB.blob import rename_or_copy_blob
-from ZODB.blob import set_not_writable
 from zope.interface import implementer
 
 from .cacheindex import CacheIndex
@@ -56,7 +56,9 @@ class S3BlobCache:
         self.cache_dir = os.path.abspath(cache_dir)
         self.max_size = max_size
         self.temp_dir = os.path.join(self.cache_dir, "tmp")
-        os.makedirs(self.temp_dir, mode=0o700, exist_ok=True)
+        # The mode counts for the last directory only.
+        for directory in (self.cache_dir, self.temp_dir):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
         self._clock = clock
         self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"), self._scan)
         self._flights = _Flights(os.path.join(self.cache_dir, "lock"))
@@ -183,7 +185,15 @@ class S3BlobCache:
                 findings.append(f"the files exceed the budget of {self.max_size} bytes")
             if fix:
                 self._make_room(rows, 0)
+                self._remove_old_temporaries()
         return findings
+
+    def _remove_old_temporaries(self) -> None:
+        """Remove what killed processes left: no upload takes a week."""
+        for entry in os.scandir(self.temp_dir):
+            # The time of the last rename: a file that was consumed may be old itself.
+            if entry.is_file() and self._clock() - entry.stat().st_ctime > 7 * 86400:
+                _remove(entry.path)
 
     # With the write lock of the index
 
@@ -234,7 +244,7 @@ class S3BlobCache:
             near = self.temporary_file()
             rename_or_copy_blob(source_path, near, chmod=False)
             source_path = near
-        set_not_writable(source_path)
+        os.chmod(source_path, 0o400)
         return source_path
 
     def _scan(self) -> Iterator[tuple[str, int, float]]:
@@ -244,6 +254,9 @@ class S3BlobCache:
                     if match := _FILE.fullmatch(entry.name):
                         status = entry.stat()
                         yield match.group(1), status.st_size, status.st_mtime
+
+
+_all_flights: "weakref.WeakSet[_Flights]" = weakref.WeakSet()
 
 
 class _Flights:
@@ -259,6 +272,12 @@ class _Flights:
         self._names: dict[str, tuple[threading.Lock, int]] = {}
         self._file: int | None = None
         self._pid = 0
+        _all_flights.add(self)
+
+    def forget(self) -> None:
+        """In a forked child: the parent's threads and their locks do not exist here."""
+        self._guard = threading.Lock()
+        self._names = {}
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -324,3 +343,11 @@ def _remove(path: str) -> None:
         os.remove(path)
     except FileNotFoundError:
         pass
+
+
+def _forget_flights() -> None:
+    for flights in list(_all_flights):
+        flights.forget()
+
+
+os.register_at_fork(after_in_child=_forget_flights)

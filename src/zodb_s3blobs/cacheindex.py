@@ -14,6 +14,8 @@ import logging
 import os
 import sqlite3
 import threading
+import time
+import weakref
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,9 @@ class IndexRows:
         return row
 
 
+_indexes: "weakref.WeakSet[CacheIndex]" = weakref.WeakSet()
+
+
 class CacheIndex:
     """Opens the index, makes it anew from the files when it is missing or damaged.
 
@@ -93,6 +98,7 @@ class CacheIndex:
         # Guarded by _lock: _connection and _identity, what it is a connection to.
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, ...] | None = None
+        _indexes.add(self)
 
     @contextmanager
     def writing(self) -> Iterator[IndexRows]:
@@ -109,6 +115,8 @@ class CacheIndex:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
+                    if not isinstance(error, sqlite3.OperationalError):
+                        self._remove(error)
                     raise self._unusable(error) from error
                 raise
 
@@ -132,15 +140,29 @@ class CacheIndex:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise self._unusable(error) from error
-            logger.warning("cache index rebuilt path=%s: %s", self._path, error)
-            self._connection = None
-            for suffix in ("", "-wal", "-shm"):
-                if os.path.exists(self._path + suffix):
-                    os.remove(self._path + suffix)
+            self._remove(error)
         try:
             return self._try_begin()
         except sqlite3.Error as error:
             raise self._unusable(error) from error
+
+    def _remove(self, error: sqlite3.Error) -> None:
+        """Give up a damaged index; the next use makes it anew."""
+        logger.warning("cache index given up path=%s: %s", self._path, error)
+        self._connection = None
+        for suffix in ("", "-wal", "-shm"):
+            if os.path.exists(self._path + suffix):
+                os.remove(self._path + suffix)
+
+    def before_fork(self) -> None:
+        """Leave nothing open: SQLite's locks belong to the process, its memory of them does not."""
+        self._lock.acquire()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def after_fork(self) -> None:
+        self._lock.release()
 
     def _unusable(self, error: sqlite3.Error) -> OSError:
         return OSError(f"the index of the blob cache, {self._path}, cannot be used: {error}")
@@ -156,11 +178,31 @@ class CacheIndex:
         connection = sqlite3.connect(
             self._path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA journal_mode = WAL")
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait here while another process makes the index.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
         # The index can be made anew; it need not survive a power failure.
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("BEGIN IMMEDIATE")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
         if version != VERSION:
             for statement in _statements(_SCHEMA):
                 connection.execute(statement)
@@ -169,7 +211,6 @@ class CacheIndex:
                 rows.put(name, size, used)
             connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
-        return connection
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -179,3 +220,21 @@ def _statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+
+
+_held: list[CacheIndex] = []
+
+
+def _before_fork() -> None:
+    _held[:] = list(_indexes)
+    for index in _held:
+        index.before_fork()
+
+
+def _after_fork() -> None:
+    for index in _held:
+        index.after_fork()
+    _held.clear()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

@@ -16,6 +16,7 @@ from ZODB.utils import z64
 
 from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import MissingObjectError
+from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .keys import blob_key
 from .openkeys import OpenKeys
@@ -141,8 +142,9 @@ class TransactionBlobs:
         client = self._services.client
         try:
             client.copy_object(blob_key(oid, source_tid), key)
-        except MissingObjectError:
-            # Not migrated yet: a source has it, or nobody.
+        except (MissingObjectError, PermanentS3Error):
+            # Not migrated yet: a source has it, or nobody. Or the server cannot copy what is
+            # encrypted (Ceph under SSE-C); what else is wrong shows again.
             for attempt in range(1, EVICTION_ATTEMPTS + 1):
                 try:
                     client.upload_file(self._services.loader.load(oid, source_tid), key)

@@ -24,7 +24,12 @@ _bytes = SuffixMultiplier({"kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 
 
 def byte_count(text: str) -> int:
     """Return a positive number of bytes, given with or without KB, MB, GB or TB."""
-    size: int = _bytes(text)
+    try:
+        size: int = _bytes(text)
+    except ValueError:
+        raise ValueError(
+            f"expected a whole number with a unit, such as 64MB, not {text!r}"
+        ) from None
     if size <= 0:
         raise ValueError(f"a size is at least one byte, not {text!r}")
     return size
@@ -40,7 +45,7 @@ def part_size(text: str) -> int:
 
 def count(text: str) -> int:
     """Return a whole number from 1 to 256."""
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if not 1 <= number <= 256:
         raise ValueError(f"expected a number from 1 to 256, not {text!r}")
     return number
@@ -50,7 +55,10 @@ def seconds(text: str) -> float:
     """Return a positive time, given in seconds or with the suffix ms, s, m or h."""
     for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
         if text.lower().endswith(suffix):
-            time = float(text[: len(text) - len(suffix)]) * factor
+            try:
+                time = float(text[: len(text) - len(suffix)]) * factor
+            except ValueError:
+                time = 0.0
             break
     if not 0 < time < 86400:
         raise ValueError(f"expected a time such as 10s or 500ms, not {text!r}")

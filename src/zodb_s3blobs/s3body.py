@@ -5,6 +5,7 @@ servers that forget metadata, have a length only.
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 import hashlib
 from typing import Any
 from typing import BinaryIO
@@ -67,7 +68,7 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str) -> None:
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(min(CHUNK, answer.get("ContentLength") or CHUNK)))
-    with open(local_path, "wb", buffering=0) as file, answer["Body"] as body:
+    with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
         while count := _read(body, buffer):
             digest.update(buffer[:count])
             _write_all(file, buffer[:count])
@@ -77,11 +78,14 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str) -> None:
 
 def _read(body: Any, buffer: memoryview) -> int:
     from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import FlexibleChecksumError
     from urllib3.exceptions import HTTPError
 
     try:
         count: int = body.readinto(buffer)
         return count
+    except FlexibleChecksumError as error:
+        raise BodyError(IntegrityError, "its checksum differs") from error
     except (BotoCoreError, HTTPError, OSError) as error:
         raise BodyError(TransientS3Error, f"the answer was cut: {type(error).__name__}") from error
 

@@ -174,7 +174,7 @@ class S3Client:
                     self._put(s3_key, data, metadata)
                     return
                 metadata = describe_file(s3_key, file)
-                cancelled = cancelled or Cancellation()
+                cancelled = Cancellation() if cancelled is None else cancelled
                 in_parts = size >= self._multipart_threshold or size > LARGEST_SINGLE_REQUEST
                 if not (
                     in_parts and self._put_parts(s3_key, local_path, size, metadata, cancelled)
@@ -219,6 +219,11 @@ class S3Client:
             self._try(put)
         except CancelledError:
             raise UploadCancelled from None
+        except RuntimeError:
+            # The interpreter is shutting down: s3transfer's pools take no new work.
+            if size > LARGEST_SINGLE_REQUEST:
+                raise
+            return False
         except ClientError as error:
             # Seen at Hetzner now and then: UploadPart answers 400.
             if code_of(error) in INTEGRITY_CODES or not (
@@ -233,6 +238,9 @@ class S3Client:
         """Copy an object inside the bucket, of any size, encrypted with the same key."""
         head = self.head_object(source_key)
         if head is None:
+            # HEAD does not tell a missing object from a missing bucket; GET does.
+            with self._translated("copy", source_key, "s3:GetObject"):
+                self._try(self._request, "get_object", source_key, self._read_args)["Body"].close()
             raise make_error(MissingObjectError, "copy", source_key, "no such object")
         # The copied metadata would go on naming the source.
         metadata = metadata_of(head)
@@ -275,7 +283,7 @@ class S3Client:
             try:
                 self.delete_object(key)
             except PermanentS3Error as error:
-                refused[key] = str(error)
+                refused[key] = code_of(error.__cause__) or "unknown"
         return refused
 
     def _delete_batch(self, keys: list[str]) -> dict[str, str] | None:
@@ -345,7 +353,9 @@ class S3Client:
                 yield page
             if not answer.get("IsTruncated"):
                 return
-            token = {"ContinuationToken": answer["NextContinuationToken"]}
+            if not (following := answer.get("NextContinuationToken")):
+                raise make_error(PermanentS3Error, "list", prefix, "it ends without its rest")
+            token = {"ContinuationToken": following}
 
     def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
         return self._session.client().list_objects_v2(

@@ -51,12 +51,12 @@ class BodyError(Exception):
 
 def code_of(error: Any) -> str:
     """Return the server's error code, or "" where there is none."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code", ""))
 
 
 def status_of(error: Any) -> int:
     """Return the HTTP status of a server's answer, 0 where there is none."""
-    response = getattr(error, "response", {})
+    response = getattr(error, "response", None) or {}  # a time-out has None
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
@@ -94,7 +94,7 @@ def _from_answer(error: Any, operation: str, key: str, permission: str) -> S3Ope
         return make_error(MissingObjectError, operation, key, "no such object")
     if code in INTEGRITY_CODES:
         return make_error(IntegrityError, operation, key, f"other bytes arrived ({code})")
-    if code in _TRANSIENT_CODES or status >= 500 or status == 429:
+    if code in _TRANSIENT_CODES or (status >= 500 and status != 501) or status == 429:
         return make_error(TransientS3Error, operation, key, f"the server answered {status} {code}")
     if status == 403 and code not in _REMEDIES:
         code = "AccessDenied"  # HEAD answers without a body: its code is the number

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+from ZODB.blob import auto_layout_select
 from ZODB.blob import FilesystemHelper
 from ZODB.blob import LAYOUT_MARKER
 from zope.interface import implementer
@@ -24,6 +25,9 @@ class BlobDirSource:
             raise ValueError(f"there is no blob directory {path}")
         self._files = FilesystemHelper(path, layout)
         marker = os.path.join(path, LAYOUT_MARKER)
+        marked = auto_layout_select(path)
+        if os.path.exists(marker) and marked != self._files.layout_name:
+            raise ValueError(f"{path} has the layout {marked}, not {layout}")
         self._landmark = os.path.abspath(marker if os.path.exists(marker) else path)
 
     def fetch(self, oid: bytes, tid: bytes, target_path: str) -> bool:
@@ -31,12 +35,12 @@ class BlobDirSource:
 
         :raises OSError: when the directory is gone or cannot be read.
         """
-        try:
-            shutil.copyfile(self._files.getBlobFilename(oid, tid), target_path)
-        except FileNotFoundError:
+        path = self._files.getBlobFilename(oid, tid)
+        if not os.path.exists(path):
             # An unmounted directory has no blobs; that does not mean there are none.
             os.stat(self._landmark)
             return False
+        shutil.copyfile(path, target_path)
         return True
 
     def close(self) -> None:

@@ -51,13 +51,20 @@ class UploadPool:
         return Upload(self._submit(work, cancelled), cancelled)
 
     def _submit(self, work: Work, cancelled: Cancellation) -> "Future[None]":
+        # A submit that can start no thread raises with the work in the queue all the same.
+        mine = threading.Lock()
+
+        def once(cancelled: Cancellation) -> None:
+            if mine.acquire(blocking=False):
+                work(cancelled)
+
         try:
-            return self._executor().submit(work, cancelled)
+            return self._executor().submit(once, cancelled)
         except RuntimeError:
             # The interpreter is shutting down and takes no new work: do it here.
             future: Future[None] = Future()
             try:
-                work(cancelled)
+                once(cancelled)
                 future.set_result(None)
             except BaseException as error:
                 future.set_exception(error)

@@ -30,10 +30,10 @@ def key_prefix(text: str) -> str:
 def endpoint_url(text: str) -> str:
     """Return the URL of a server: a scheme, a host, perhaps a port and a path."""
     parts = urlsplit(text)
+    if "@" in text or parts.query or parts.fragment:
+        raise ValueError("an endpoint has no user, password, query or fragment")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"an endpoint is a URL such as https://s3.example.com, not {text!r}")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("an endpoint has no user, password, query or fragment")
     parts.port  # noqa: B018  raises ValueError itself when it is no port
     return text
 
