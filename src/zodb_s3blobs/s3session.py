@@ -73,6 +73,8 @@ class S3Session:
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
+        if self._config_options["request_checksum_calculation"] == "when_required":
+            client.meta.events.register("choose-signer.s3.PutObject", _choose_signer)
         config = s3transfer.manager.TransferConfig(
             multipart_threshold=1, multipart_chunksize=self._part_size
         )
@@ -100,6 +102,25 @@ def _send_small_at_once(params: dict[str, Any], **kwargs: Any) -> None:
     # boto3 makes a file of bytes, and asks the server before it sends a file: one more round trip.
     if isinstance(params.get("body"), io.BytesIO):
         params["headers"].pop("Expect", None)
+
+
+def _choose_signer(**kwargs: Any) -> str:
+    """Sign a PUT by the SHA-256 that is stored with the object.
+
+    boto3 would read the body once more to compute it. The server still refuses other bytes, and
+    so vouches for the very digest that downloads are compared with.
+    """
+    import botocore.auth
+
+    name = "zodb-s3blobs"
+    if name not in botocore.auth.AUTH_TYPE_MAPS:
+
+        class StoredDigestAuth(botocore.auth.S3SigV4Auth):
+            def payload(self, request: Any) -> Any:
+                return request.headers.get("x-amz-meta-zodb-sha256") or super().payload(request)
+
+        botocore.auth.AUTH_TYPE_MAPS[name] = StoredDigestAuth
+    return name
 
 
 def _forget_lock_after_fork() -> None:
