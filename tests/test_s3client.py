@@ -584,7 +584,8 @@ def test_batch_that_fails_for_another_reason_is_an_error(moto, connect, faulty):
         client.delete_objects([KEY])
     server.instead = lambda request: None
     assert client.delete_objects([KEY]) == {}
-    assert server.kinds() == ["POST delete"] * 3
+    # A denied batch is tried with one key: Ceph denies batches to those who may delete.
+    assert [kind for kind in server.kinds() if kind == "POST delete"] == ["POST delete"] * 3
 
 
 # What is missing
@@ -1064,7 +1065,7 @@ def test_refused_permission_is_permanent_and_named(
     with pytest.raises(PermanentS3Error, match=permission) as caught:
         OPERATIONS[operation](connect(behind), target)
     assert "s3:ListBucket" in str(caught.value)
-    assert len(server.requests) == 1
+    assert len(server.requests) == (2 if operation == "delete" else 1)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,16 @@
 import base64
 import dataclasses
 import hashlib
+import json
 import os
+from pathlib import Path
+import re
+import time
 
 import pytest
 import transaction
 from ZODB.blob import Blob
+from ZODB.POSException import POSKeyError
 
 from zodb_s3blobs.interfaces import IntegrityError
 from zodb_s3blobs.interfaces import MissingObjectError
@@ -272,3 +277,88 @@ def test_plain_http_to_a_tls_port_is_an_error_of_the_family(https, connect, sour
     client = connect(https, endpoint_url=endpoint, ca_bundle=None, max_attempts=1)
     with pytest.raises(S3OperationError):
         client.upload_file(source(), KEY)
+
+
+# The policy of README.rst
+
+
+def policy_of_the_readme(bucket, user):
+    """Return the policy that README.rst shows, as a policy of this bucket for this user."""
+    text = (Path(__file__).parent.parent / "README.rst").read_text()
+    block = re.search(r"minimal IAM policy::\n\n((?:    .*\n)+)", text).group(1)
+    policy = json.loads(block.replace("my-site-blobs", bucket))
+    for statement in policy["Statement"]:
+        statement["Principal"] = {"AWS": [f"arn:aws:iam:::user/{user}"]}
+    return json.dumps(policy)
+
+
+@pytest.fixture
+def restricted(ceph, http):
+    """The bucket as a user sees it whom the policy of README.rst is all that allows anything."""
+    user = f"site-{os.urandom(4).hex()}"
+    ceph.create_user(user)
+    owner = boto3_client(http)
+    owner.put_bucket_policy(Bucket=http.bucket, Policy=policy_of_the_readme(http.bucket, user))
+    owner.close()
+    return dataclasses.replace(http, access_key=user, secret_key=user)
+
+
+def test_policy_of_the_readme_suffices_for_the_life_of_a_site(restricted, tmp_path):
+    """Commit, in one request and in parts, read, undo, abort, miss and pack."""
+    options = {
+        "s3_prefix": "main",
+        "s3_multipart_threshold": "6MB",
+        "s3_multipart_part_size": "5MB",
+    }
+    db = open_db(restricted, tmp_path, **options)
+    for data in (b"small", os.urandom(7 * MiB)):
+        with db.transaction() as conn:
+            conn.root()["blob"] = blob = conn.root().get("blob", Blob())
+            with blob.open("w") as file:
+                file.write(data)
+    db.undo(db.undoLog(0, 1)[0]["id"])
+    transaction.commit()
+    with pytest.raises(ZeroDivisionError), db.transaction() as conn:
+        conn.root()["other"] = Blob(b"never")
+        conn.transaction_manager.get().join(RaisesInVote())
+    with pytest.raises(POSKeyError):
+        db.storage.loadBlob(bytes(8), bytes(8))
+    db.pack(time.time() + 1)
+    db.close()
+    again = open_db(restricted, tmp_path, cache="cold", **options)
+    with again.transaction() as conn:
+        assert conn.root()["blob"].open().read() == b"small"
+    again.close()
+
+
+class RaisesInVote:
+    """A data manager that fails a transaction when all others have voted."""
+
+    def sortKey(self):
+        return "~~~"
+
+    def tpc_vote(self, txn):
+        return 1 / 0
+
+    def nothing(self, txn):
+        """Take part in the other steps."""
+
+    tpc_begin = commit = tpc_finish = tpc_abort = abort = nothing
+
+
+@pytest.mark.parametrize("method", ["upload_file", "download_file", "delete_object"])
+def test_policy_of_the_readme_allows_nothing_beside_the_prefix(
+    restricted, connect, source, target, method
+):
+    """Another database in the same bucket is safe; the message names the permission."""
+    connect(dataclasses.replace(restricted, access_key="test", secret_key="testtest")).upload_file(
+        source(), KEY
+    )
+    client = connect(restricted, prefix="my/site")
+    arguments = {
+        "upload_file": (source(), KEY),
+        "download_file": (KEY, str(target)),
+        "delete_object": (KEY,),
+    }
+    with pytest.raises(PermanentS3Error, match=r"s3:(Put|Get|Delete)Object"):
+        getattr(client, method)(*arguments[method])

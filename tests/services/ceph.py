@@ -69,6 +69,14 @@ class CephGateway:
             self.stop()
             raise ServiceFailed(f"Ceph's gateway did not start:\n{log.read_text()}")
 
+    def create_user(self, name):
+        """Create a user without any permission; its access key is the name, as its secret key."""
+        command = ["radosgw-admin", "-c", self.directory / "ceph.conf", "user", "create"]
+        keys = [f"--uid={name}", f"--display-name={name}", f"--access-key={name}"]
+        subprocess.run(
+            [*command, *keys, f"--secret-key={name}"], check=True, capture_output=True, timeout=60
+        )
+
     def stop(self):
         """End the daemons and wait for them; stopping again does nothing."""
         if self._guard is not None:
