@@ -302,9 +302,9 @@ def test_base_that_cannot_be_wrapped_is_refused_at_open_and_closed(text, tmp_pat
 
 def test_filestorage_is_closed_when_the_cache_cannot_be_opened(text, tmp_path):
     """The lock of Data.fs can be taken again after the mistake was mended."""
-    (tmp_path / "cache").write_text("a file, not a directory")
     base = f"<filestorage>\n path {tmp_path}/Data.fs\n</filestorage>"
     factory = parse(text(base=base))
+    (tmp_path / "cache").write_text("a file, not a directory")
     with pytest.raises(OSError):
         factory.open()
     (tmp_path / "cache").unlink()

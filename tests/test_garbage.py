@@ -42,6 +42,7 @@ from .storages import TcpProxy
 
 OID = p64(1)
 OTHER = p64(2)
+HIGHEST = p64(0xFFFF)
 
 
 @pytest.fixture
@@ -53,6 +54,7 @@ def base(tmp_path):
 def made(s3, tmp_path, base):
     """(storage, its hooked client)."""
     storage, client = make_storage(s3, tmp_path, base=base)
+    commit_record(storage, HIGHEST)
     yield storage, client
     storage.close()
 
@@ -463,6 +465,7 @@ class TestFallBack:
             storage, client = make_storage(s3, tmp_path)
             client.client = make_client(proxy.location(s3))
             tid = commit_blob(storage, OID, b"ours")
+            commit_record(storage, HIGHEST)
             put(s3, *(blob_key(p64(number), p64(5)) for number in range(10, 15)))
             assert storage.sweep().deleted == 5
             assert keys(s3) == [blob_key(OID, tid)]

@@ -130,6 +130,7 @@ class TestRestoreAndSweep:
         """While a sweep hangs in its deletion, commits go on."""
         storage, client = make_storage(s3, tmp_path)
         first = commit_blob(storage, OID, b"first")
+        commit_record(storage, p64(6))
         (tmp_path / "orphan").write_bytes(b"orphan")
         client.client.upload_file(str(tmp_path / "orphan"), blob_key(p64(5), LOW))
         gate = client.before["delete_objects"] = Gate()

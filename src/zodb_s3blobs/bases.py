@@ -9,6 +9,7 @@ from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IStorageWrapper
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
+from ZODB.utils import p64
 
 
 # More revisions than any object has.
@@ -55,6 +56,13 @@ class TidBase:
         """Return the tid of the transaction that has begun."""
         tid: bytes = self._innermost._tid
         return tid
+
+    def highest_oid(self) -> bytes:
+        """Return an oid that is at least as high as any this base has stored."""
+        if isinstance(self._innermost, MappingStorage):
+            return max([p64(self._innermost._oid), *self._innermost._data])
+        highest: bytes = self._innermost._oid
+        return highest
 
     def survivors(
         self, oid: bytes, tids: set[bytes], is_blob_record: Callable[[bytes], bool]

@@ -2,7 +2,7 @@
 
     cache_dir/{last 3 hex digits of oid}/{oid}.{tid}.blob    committed files
     cache_dir/tmp/                                           files in the making
-    cache_dir/index.sqlite, cache_dir/lock
+    cache_dir/index.sqlite, cache_dir/lock, cache_dir/boot
 
 A row of the index stands for a file that is there or is about to come. Room is
 reserved by writing the row, and a file comes only while its row stands, so the
@@ -16,14 +16,11 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
-import fcntl
 import itertools
+import logging
 import os
 import re
-import threading
 import time
-import weakref
-import zlib
 
 from ZODB.blob import rename_or_copy_blob
 from zope.interface import implementer
@@ -31,14 +28,15 @@ from zope.interface import implementer
 from .cacheindex import CacheIndex
 from .cacheindex import IndexRows
 from .interfaces import IS3BlobCache
+from .singleflight import SingleFlight
 
+
+logger = logging.getLogger(__name__)
 
 GiB = 1 << 30
 
 _SHARD = re.compile(r"[0-9a-f]{3}")
 _FILE = re.compile(r"([0-9a-f]{16}\.[0-9a-f]{16})\.blob")
-# Seconds after which a filler no longer waits for one in another process.
-FILLING_TIMEOUT = 120.0
 
 
 @implementer(IS3BlobCache)
@@ -60,14 +58,16 @@ class S3BlobCache:
         for directory in (self.cache_dir, self.temp_dir):
             os.makedirs(directory, mode=0o700, exist_ok=True)
         self._clock = clock
-        self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"), self._scan)
-        self._flights = _Flights(os.path.join(self.cache_dir, "lock"))
+        self._trust_files = True
+        self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"), self._rebuild)
+        self._single_flight = SingleFlight(os.path.join(self.cache_dir, "lock"))
         self._counter = itertools.count()
+        self._check_after_boot()
         self.notify_loaded(0)
 
     def close(self) -> None:
         self._index.close()
-        self._flights.close()
+        self._single_flight.close()
 
     # Reading
 
@@ -145,8 +145,8 @@ class S3BlobCache:
 
     @contextmanager
     def filling(self, oid: bytes, tid: bytes) -> Iterator[None]:
-        """Let one thread of one process of this host at a time fill this file."""
-        with self._flights.alone(_name(oid, tid)):
+        """Let one process of this host at a time fill this file; threads are the caller's care."""
+        with self._single_flight.alone(_name(oid, tid)):
             yield
 
     def notify_loaded(self, byte_count: int) -> None:
@@ -165,28 +165,63 @@ class S3BlobCache:
             return rows.total()
 
     def check(self, fix: bool = False) -> list[str]:
-        """Compare the index with the files; return one sentence for each difference."""
+        """Compare the index with the files; return one sentence for each difference.
+
+        :param bool fix: remove files whose size is not what the index says, drop rows without a
+            file, and take files without a row into the index.
+        """
+        return self._compare(fix, trust_unknown=True)
+
+    def _compare(self, fix: bool, trust_unknown: bool) -> list[str]:
         findings = []
         with self._index.writing() as rows:
             files = {name: (size, used) for name, size, used in self._scan()}
             known = dict(rows)
-            for name in sorted(files.keys() - known.keys()):
-                findings.append(f"{name} is not in the index")
             for name in sorted(known.keys() - files.keys()):
                 findings.append(f"{name} is in the index, its file is missing")
                 if fix:
                     rows.remove(name)
-            for name, (size, used) in files.items():
-                if name in known and known[name] != size:
+            for name, (size, used) in sorted(files.items()):
+                if name not in known:
+                    findings.append(f"{name} is not in the index")
+                elif known[name] != size:
                     findings.append(f"{name} has {size} bytes, the index says {known[name]}")
-                if fix and known.get(name) != size:
+                else:
+                    continue
+                if fix and name not in known and trust_unknown:
                     rows.put(name, size, used)
+                elif fix:
+                    _remove(self._path_of(name))
+                    rows.remove(name)
             if sum(size for size, used in files.values()) > self.max_size and len(files) > 1:
                 findings.append(f"the files exceed the budget of {self.max_size} bytes")
             if fix:
                 self._make_room(rows, 0)
                 self._remove_old_temporaries()
         return findings
+
+    def _check_after_boot(self) -> None:
+        """Drop files that a power failure left short: nothing here is written with fsync."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id") as file:
+                boot = file.read().strip()
+        except OSError:
+            return  # not Linux
+        marker = os.path.join(self.cache_dir, "boot")
+        try:
+            with open(marker) as file:
+                last = file.read().strip()
+        except FileNotFoundError:
+            last = ""
+        if last == boot:
+            return
+        # An index that the failure damaged, too, would be made anew from files that are short.
+        self._trust_files = False
+        if findings := self._compare(fix=True, trust_unknown=False):
+            logger.warning("cache mended after boot findings=%d", len(findings))
+        self._trust_files = True
+        with open(marker, "w") as file:
+            file.write(boot)
 
     def _remove_old_temporaries(self) -> None:
         """Remove what killed processes left: no upload takes a week."""
@@ -247,6 +282,9 @@ class S3BlobCache:
         os.chmod(source_path, 0o400)
         return source_path
 
+    def _rebuild(self) -> Iterable[tuple[str, int, float]]:
+        return self._scan() if self._trust_files else ()
+
     def _scan(self) -> Iterator[tuple[str, int, float]]:
         for shard in os.scandir(self.cache_dir):
             if _SHARD.fullmatch(shard.name):
@@ -254,77 +292,6 @@ class S3BlobCache:
                     if match := _FILE.fullmatch(entry.name):
                         status = entry.stat()
                         yield match.group(1), status.st_size, status.st_mtime
-
-
-_all_flights: "weakref.WeakSet[_Flights]" = weakref.WeakSet()
-
-
-class _Flights:
-    """One filler of a name at a time: a lock among threads, then a byte of a file among processes.
-
-    Record locks belong to the process and vanish with it.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._guard = threading.Lock()
-        # Guarded by _guard: all three.
-        self._names: dict[str, tuple[threading.Lock, int]] = {}
-        self._file: int | None = None
-        self._pid = 0
-        _all_flights.add(self)
-
-    def forget(self) -> None:
-        """In a forked child: the parent's threads and their locks do not exist here."""
-        self._guard = threading.Lock()
-        self._names = {}
-
-    @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        with self._guard:
-            lock, users = self._names.get(name) or (threading.Lock(), 0)
-            self._names[name] = (lock, users + 1)
-        try:
-            with lock, self._alone_among_processes(zlib.crc32(name.encode())):
-                yield
-        finally:
-            with self._guard:
-                lock, users = self._names[name]
-                if users == 1:
-                    del self._names[name]
-                else:
-                    self._names[name] = (lock, users - 1)
-
-    @contextmanager
-    def _alone_among_processes(self, place: int) -> Iterator[None]:
-        file = self._open()
-        deadline = time.monotonic() + FILLING_TIMEOUT
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-                break
-            except BlockingIOError:
-                # A stopped process must not stop the others: filling twice is only slower.
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.005)
-        try:
-            yield
-        finally:
-            fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
-
-    def _open(self) -> int:
-        with self._guard:
-            if self._file is None or self._pid != os.getpid():
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                self._pid = os.getpid()
-            return self._file
-
-    def close(self) -> None:
-        with self._guard:
-            if self._file is not None:
-                os.close(self._file)
-            self._file = None
 
 
 def _name(oid: bytes, tid: bytes) -> str:
@@ -343,11 +310,3 @@ def _remove(path: str) -> None:
         os.remove(path)
     except FileNotFoundError:
         pass
-
-
-def _forget_flights() -> None:
-    for flights in list(_all_flights):
-        flights.forget()
-
-
-os.register_at_fork(after_in_child=_forget_flights)

@@ -222,10 +222,13 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
+# Held from before a fork until after it: guards _held, and two threads may fork at a time.
+_forking = threading.Lock()
 _held: list[CacheIndex] = []
 
 
 def _before_fork() -> None:
+    _forking.acquire()
     _held[:] = list(_indexes)
     for index in _held:
         index.before_fork()
@@ -235,6 +238,7 @@ def _after_fork() -> None:
     for index in _held:
         index.after_fork()
     _held.clear()
+    _forking.release()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

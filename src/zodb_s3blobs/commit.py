@@ -18,6 +18,7 @@ from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
+from .interfaces import TransientS3Error
 from .keys import blob_key
 from .openkeys import OpenKeys
 from .uploads import Upload
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Seconds that tpc_abort waits for S3; what is not done by then goes on in the background.
 ABORT_TIMEOUT = 10.0
+# Seconds and bytes a second: a vote waits as long as retries may take, and the slowest useful rate.
+UPLOAD_PATIENCE = 1800.0
+SLOWEST_RATE = 16 << 10
 
 
 class Phase(Enum):
@@ -129,7 +133,11 @@ class TransactionBlobs:
         """
         key = blob_key(oid, tid)
         client = self._services.client
-        self._enter(oid, tid, path, is_new, self._owns_keys and not is_restored)
+        try:
+            self._enter(oid, tid, path, is_new, self._owns_keys and not is_restored)
+        except BaseException:
+            remove_quietly(path)
+            raise
         self._start(key, lambda cancelled: client.upload_file(path, key, cancelled))
 
     def copy(self, oid: bytes, source_tid: bytes) -> None:
@@ -192,13 +200,28 @@ class TransactionBlobs:
     # Ending
 
     def vote(self) -> None:
-        """Reserve room in the cache and wait until all bytes are in the bucket.
+        """Wait until all bytes are in the bucket and reserve their room in the cache.
 
         :raises S3OperationError: the first failure, which cancels the other uploads.
         :raises StorageTransactionError: when a blob could not be staged.
         """
         if self.phase is Phase.DOOMED:
             raise StorageTransactionError("a blob could not be staged: abort the transaction")
+        uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
+        size = sum(os.path.getsize(path) for _blob, path in self._staged())
+        patience = UPLOAD_PATIENCE + size / SLOWEST_RATE
+        done, pending = wait(uploads, patience, return_when=FIRST_EXCEPTION)
+        for future in done:
+            error = future.exception()
+            if error is not None:
+                self._cancel()
+                if isinstance(error, S3OperationError):
+                    error.oid, error.tid = uploads[future].oid, uploads[future].tid
+                raise error
+        if pending:
+            self._cancel()
+            raise TransientS3Error(f"{len(pending)} uploads took longer than {patience:.0f} s")
+        # Only now: what is evicted for it could not be fetched again while S3 is down.
         staged = list(self._staged())
         try:
             if staged:
@@ -208,15 +231,6 @@ class TransactionBlobs:
         except OSError:
             # The commit does not depend on the cache.
             logger.exception("cache refused to reserve room tid=%s", self.tid.hex())
-        uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
-        done, _pending = wait(uploads, return_when=FIRST_EXCEPTION)
-        for future in done:
-            error = future.exception()
-            if error is not None:
-                self._cancel()
-                if isinstance(error, S3OperationError):
-                    error.oid, error.tid = uploads[future].oid, uploads[future].tid
-                raise error
         self.phase = Phase.VOTED
 
     def begin_finish(self) -> None:
@@ -239,7 +253,9 @@ class TransactionBlobs:
             # The transaction is committed and its bytes are in the bucket: a read fetches them.
             logger.exception("cache refused blobs tid=%s", self.tid.hex())
             self._remove_files()
-        self._close_keys()
+            self._release_room()
+        finally:
+            self._close_keys()
 
     def abort(self) -> None:
         """Undo what was staged and uploaded, after the base has aborted; never raises.
@@ -255,10 +271,12 @@ class TransactionBlobs:
         cleanup = self._services.pool.start(lambda cancelled: self._clean_up(delete))
         try:
             cleanup.future.result(ABORT_TIMEOUT)
+        except S3OperationError as error:
+            # The transaction is aborted; what remains in the bucket is garbage for a sweep.
+            logger.warning("abort left objects behind tid=%s: %s", self.tid.hex(), error)
         except FutureTimeout:
             logger.warning("abort goes on in the background tid=%s", self.tid.hex())
         except Exception:
-            # The transaction is aborted; what remains in the bucket is garbage for a sweep.
             logger.exception("abort left objects behind tid=%s", self.tid.hex())
 
     def _clean_up(self, delete: bool) -> None:
@@ -270,8 +288,7 @@ class TransactionBlobs:
         finally:
             self._close_keys()
             self._remove_files()
-            if staged := [(blob.oid, blob.tid) for blob, _path in self._staged()]:
-                self._services.cache.release(staged)
+            self._release_room()
 
     def _delete_objects(self) -> None:
         keys = set(self._dropped)
@@ -281,6 +298,14 @@ class TransactionBlobs:
         refused = self._services.client.delete_objects(sorted(keys)) if keys else {}
         if refused:
             logger.warning("abort left objects behind refused=%s", refused)
+
+    def _release_room(self) -> None:
+        try:
+            if staged := [(blob.oid, blob.tid) for blob, _path in self._staged()]:
+                self._services.cache.release(staged)
+        except OSError:
+            # It comes back when eviction meets the rows without files.
+            logger.warning("cache refused to give room back tid=%s", self.tid.hex())
 
     def _close_keys(self) -> None:
         self._services.open_keys.remove([*self._blobs, *self._dropped])

@@ -72,6 +72,21 @@ def existing_directory(text: str) -> str:
     return text
 
 
+def new_directory(text: str) -> str:
+    """Return the absolute path of a directory that exists or can be made."""
+    path = os.path.abspath(os.path.expanduser(text))
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is no directory")
+    return path
+
+
+def storage_class(text: str) -> str:
+    """Return a storage class whose objects can be read at once."""
+    if text.upper() in ("GLACIER", "DEEP_ARCHIVE"):
+        raise ValueError(f"objects of the class {text} cannot be read without a restore request")
+    return text
+
+
 def existing_file(text: str) -> str:
     """Return the path of a file that exists."""
     if not os.path.isfile(text):
@@ -136,6 +151,11 @@ class S3BlobStorageFactory(BaseConfig):
             raise ValueError("s3-sse and s3-sse-customer-key exclude each other")
         if section.s3_sse_kms_key_id and section.s3_sse != "aws:kms":
             raise ValueError("s3-sse-kms-key-id needs 's3-sse aws:kms'")
+        if section.s3_profile and section.s3_access_key:
+            raise ValueError("s3-profile and s3-access-key exclude each other")
+        for source in section.sources:
+            if os.path.realpath(source.path) == os.path.realpath(section.cache_dir):
+                raise ValueError("cache-dir and a <blobdir-source> are the same directory")
         _check_base(section.base)
         self._client()  # the constructor checks what the keys alone cannot tell
 

@@ -33,7 +33,7 @@ class SweepReport:
         self.listed = 0
         self.kept = 0
         self.in_flight = 0
-        #: of another form, or of an oid that belongs to another object now
+        #: of another form, or of an oid that is no blob's here
         self.foreign = 0
         self.garbage = 0
         self.deleted = 0
@@ -111,16 +111,19 @@ class Sweeper:
     def _find_garbage(self, keys: set[str], report: SweepReport) -> dict[str, Key]:
         by_oid: dict[bytes, dict[bytes, str]] = {}
         last = self._storage.lastTransaction()
+        highest = self._base.highest_oid()
+        doubtful: list[str] = []
         for key in keys:
             parsed = parse_key(key)
             if parsed is None:
                 report.foreign += 1
             elif parsed[1] > last:
                 report.in_flight += 1  # of another process, or lost with it
+            elif parsed[0] > highest:
+                doubtful.append(key)
             else:
                 by_oid.setdefault(parsed[0], {})[parsed[1]] = key
         garbage: dict[str, Key] = {}
-        doubtful: list[str] = []
         for oid, keys_by_tid in by_oid.items():
             survivors = self._base.survivors(oid, set(keys_by_tid), self._is_blob_record)
             report.kept += len(survivors.tids)
@@ -137,11 +140,11 @@ class Sweeper:
         return garbage
 
     def _judge(self, doubtful: list[str], report: SweepReport) -> None:
-        """Keep keys older than the object, no blob, that has their oid now.
+        """Keep keys of oids that were never given out here, or now belong to no blob.
 
         A FileStorage gives out the oids of a crashed transaction again, so they may be its
-        orphans. They may also be another database's blobs: without one key that is surely
-        ours nothing is deleted at all.
+        orphans. They may also be another database's blobs, or those of a Data.fs in whose place
+        a new one was opened: without one key that is surely ours nothing is deleted at all.
         """
         if not doubtful:
             return
@@ -149,14 +152,15 @@ class Sweeper:
             oid, tid = parse_key(doubtful[0]) or (b"", b"")
             raise _other_database(doubtful[0], oid, tid)
         if not report.foreign:
-            logger.warning("sweep keeps keys whose oid is no blob now key=%s", doubtful[0])
+            logger.warning("sweep keeps keys whose oid is no blob here key=%s", doubtful[0])
         report.foreign += len(doubtful)
 
 
 def _other_database(key: str, oid: bytes, tid: bytes) -> OtherDatabaseError:
     error = OtherDatabaseError(
         f"S3 sweep stopped at {key!r}: this object is no blob here, so the key seems to be another"
-        " database's. Give each database an s3-prefix or bucket of its own"
+        " database's, or this database is not the one that filled the bucket. Nothing was deleted"
+        " among these keys. Give each database an s3-prefix or bucket of its own"
     )
     error.operation, error.key, error.oid, error.tid = "sweep", key, oid, tid
     return error

@@ -58,10 +58,12 @@ class IS3Client(Interface):
     ``S3OperationError``; errors of local files stay ``OSError``.
     """
 
-    def upload_file(local_path, s3_key):
+    def upload_file(local_path, s3_key, cancelled=None):
         """Store a file's bytes under a key, with size and SHA-256 as metadata.
 
         The object appears whole or not at all. Uploading again replaces it.
+
+        :param Cancellation cancelled: ends the upload early when another thread says so.
         """
 
     def download_file(s3_key, local_path):
@@ -110,6 +112,7 @@ class IS3BlobCache(Interface):
     """
 
     max_size = Attribute("Byte budget of committed files.")
+    temp_dir = Attribute("A directory on the same file system, for uncommitted files.")
 
     def path(oid, tid):
         """Return where the file of this revision is, or would be."""
@@ -143,7 +146,7 @@ class IS3BlobCache(Interface):
         """Return a path nobody else uses, from which a rename into the cache is atomic."""
 
     def filling(oid, tid):
-        """Context manager: one filler of this file at a time on this host."""
+        """Context manager: one process of this host at a time fills this file."""
 
     def notify_loaded(byte_count):
         """Bring the cache back below its budget after files came in by another way."""

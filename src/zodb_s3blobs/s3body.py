@@ -7,6 +7,7 @@ servers that forget metadata, have a length only.
 from collections.abc import Mapping
 from contextlib import closing
 import hashlib
+import time
 from typing import Any
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ from .s3errors import BodyError
 
 
 CHUNK = 1 << 20
+# Bytes a second; what comes more slowly over the whole of a body has failed.
+SLOWEST_RATE = 16 << 10
 
 
 class CancellableBody:
@@ -60,19 +63,33 @@ def metadata_of(answer: Mapping[str, Any]) -> dict[str, str]:
     return {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
 
 
-def receive(key: str, answer: Mapping[str, Any], local_path: str) -> None:
+def check_origin(answer: Mapping[str, Any]) -> None:
+    """Require what every S3 server sends: a proxy's error page may come with status 200.
+
+    :raises BodyError: when something else has answered.
+    """
+    if "ETag" not in answer:
+        raise BodyError(TransientS3Error, "something else than S3 has answered (no ETag)")
+
+
+def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: float) -> None:
     """Write the body of an answer to get_object to a file and verify it.
 
-    :raises BodyError: when it ends early, or differs from what was stored.
+    :param float patience: seconds, to which come those that the slowest useful rate takes.
+    :raises BodyError: when it ends early, comes too slowly, or differs from what was stored.
     """
+    deadline = time.monotonic() + patience
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(min(CHUNK, answer.get("ContentLength") or CHUNK)))
     with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
+        check_origin(answer)
         while count := _read(body, buffer):
             digest.update(buffer[:count])
             _write_all(file, buffer[:count])
             size += count
+            if time.monotonic() > deadline + size / SLOWEST_RATE:
+                raise BodyError(TransientS3Error, f"only {size} bytes came in time")
     _verify(key, answer, size, digest.hexdigest())
 
 

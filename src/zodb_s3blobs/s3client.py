@@ -22,6 +22,7 @@ from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 from .s3body import CancellableBody
+from .s3body import check_origin
 from .s3body import describe_bytes
 from .s3body import describe_file
 from .s3body import metadata_of
@@ -107,6 +108,7 @@ class S3Client:
             values.endpoint_url(endpoint_url)
         self._full_prefix = f"{self.prefix}/" if self.prefix else ""
         self._region_name = region_name
+        self._read_timeout = read_timeout
         self._multipart_threshold = multipart_threshold
         self._create_bucket = create_bucket
         self._batch_delete = True
@@ -150,6 +152,7 @@ class S3Client:
                 "response_checksum_validation": checksum,
             },
             multipart_part_size,
+            must_be_confidential=bool(sse_customer_key),
         )
 
     def __repr__(self) -> str:
@@ -186,9 +189,9 @@ class S3Client:
             if not isinstance(body, bytes):
                 body.seek(0)
             options = {"Body": body, "Metadata": metadata, **self._write_args}
-            self._request("put_object", s3_key, options)
+            check_origin(self._request("put_object", s3_key, options))
 
-        self._try(put)
+        self._try(put, may_create=True)
 
     def _put_parts(
         self,
@@ -216,7 +219,7 @@ class S3Client:
             future.result()
 
         try:
-            self._try(put)
+            self._try(put, may_create=True)
         except CancelledError:
             raise UploadCancelled from None
         except RuntimeError:
@@ -327,7 +330,7 @@ class S3Client:
 
     def _download(self, s3_key: str, local_path: str) -> None:
         answer = self._try(self._request, "get_object", s3_key, self._read_args)
-        receive(s3_key, answer, local_path)
+        receive(s3_key, answer, local_path, self._read_timeout)
 
     def head_object(self, s3_key: str) -> Mapping[str, Any] | None:
         """Return a mapping with at least ContentLength, None when absent."""
@@ -362,9 +365,16 @@ class S3Client:
             token = {"ContinuationToken": following}
 
     def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
-        return self._session.client().list_objects_v2(
-            Bucket=self.bucket_name, Prefix=self._full_prefix + prefix, **token
-        )
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._session.client().list_objects_v2(
+                Bucket=self.bucket_name, Prefix=self._full_prefix + prefix, **token
+            )
+        except ClientError as error:
+            if self._create_bucket and code_of(error) == "NoSuchBucket":
+                return {}  # it comes with the first upload
+            raise
 
     # Edges
 
@@ -379,7 +389,7 @@ class S3Client:
             permission += " (SSE-C: check the key; AWS refuses SSE-C on new buckets, not s3-sse)"
         return translated(operation, key, permission)
 
-    def _try(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _try(self, call: Callable[..., Any], *args: Any, may_create: bool = False) -> Any:
         """Call, and once more after mending what can be mended from here."""
         from botocore.exceptions import ClientError
 
@@ -389,7 +399,7 @@ class S3Client:
             if code_of(error) == "ExpiredToken":
                 # A role's credentials failed to refresh; a new session asks for new ones.
                 self._session.renew()
-            elif code_of(error) == "NoSuchBucket" and self._create_bucket:
+            elif code_of(error) == "NoSuchBucket" and may_create and self._create_bucket:
                 self._make_bucket()
             else:
                 raise

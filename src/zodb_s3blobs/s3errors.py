@@ -23,8 +23,9 @@ NO_BATCH_DELETE_CODES = frozenset({
     "NotImplemented",
 })  # fmt: skip
 _TRANSIENT_CODES = frozenset({
-    "BandwidthLimitExceeded", "ExpiredToken", "IncompleteBody", "InternalError",
-    "OperationAborted", "RequestThrottled", "RequestTimeout", "ServiceUnavailable", "SlowDown",
+    "BandwidthLimitExceeded", "ConditionalRequestConflict", "ExpiredToken", "IncompleteBody",
+    "InternalError", "OperationAborted", "RequestThrottled", "RequestTimeout",
+    "ServiceUnavailable", "SlowDown",
     "Throttling", "ThrottlingException", "TooManyRequests",
 })  # fmt: skip
 _REGION = "set s3-region to the bucket's region"
@@ -35,6 +36,8 @@ _REMEDIES = {
     "InvalidAccessKeyId": "check s3-access-key",
     "SignatureDoesNotMatch": "check s3-secret-key",
     "RequestTimeTooSkewed": "set this host's clock",
+    "InvalidObjectState": "the object is archived: restore it, and set s3-storage-class",
+    "QuotaExceeded": "the bucket's or user's quota is used up",
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
@@ -94,9 +97,9 @@ def _from_answer(error: Any, operation: str, key: str, permission: str) -> S3Ope
         return make_error(MissingObjectError, operation, key, "no such object")
     if code in INTEGRITY_CODES:
         return make_error(IntegrityError, operation, key, f"other bytes arrived ({code})")
-    if code in _TRANSIENT_CODES or (status >= 500 and status != 501) or status == 429:
+    if code in _TRANSIENT_CODES or (status >= 500 and status != 501) or status in (408, 429):
         return make_error(TransientS3Error, operation, key, f"the server answered {status} {code}")
-    if status == 403 and code not in _REMEDIES:
+    if code in ("403", "Forbidden"):
         code = "AccessDenied"  # HEAD answers without a body: its code is the number
     remedy = _REMEDIES.get(code, "see the server's documentation").format(permission=permission)
     if region := error.response.get("Error", {}).get("Region"):

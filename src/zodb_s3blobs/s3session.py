@@ -12,6 +12,9 @@ import os
 import threading
 from typing import Any
 
+from . import values
+from .interfaces import PermanentS3Error
+
 
 # Creating clients is not thread-safe in boto3, not even in different sessions.
 _creating = threading.Lock()
@@ -24,6 +27,7 @@ class S3Session:
     :param client_options: arguments of ``Session.client("s3", …)`` but config.
     :param config_options: arguments of ``botocore.config.Config``.
     :param int part_size: bytes of a part of a multipart transfer.
+    :param bool must_be_confidential: whether requests carry a key of ours.
     """
 
     def __init__(
@@ -32,11 +36,13 @@ class S3Session:
         client_options: Mapping[str, Any],
         config_options: Mapping[str, Any],
         part_size: int,
+        must_be_confidential: bool,
     ) -> None:
         self._session_options = dict(session_options)
         self._client_options = dict(client_options)
         self._config_options = dict(config_options)
         self._part_size = part_size
+        self._must_be_confidential = must_be_confidential
         # Guarded by _creating: _made, the (pid, client, manager) of this process.
         # A forked child must not use its parent's connections.
         self._made: tuple[int, Any, Any] | None = None
@@ -70,6 +76,10 @@ class S3Session:
         client = boto3.Session(botocore_session=session, **self._session_options).client(
             "s3", config=botocore.config.Config(**self._config_options), **self._client_options
         )
+        # boto3 may have found the endpoint in the environment.
+        endpoint_url = client.meta.endpoint_url
+        if self._must_be_confidential and not values.is_confidential(endpoint_url, True):
+            raise PermanentS3Error(f"SSE-C needs https, which {endpoint_url} is not")
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)

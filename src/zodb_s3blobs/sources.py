@@ -1,6 +1,7 @@
 """Further places a blob may be read from, asked after S3, never written."""
 
 import os
+import re
 import shutil
 
 from ZODB.blob import auto_layout_select
@@ -9,6 +10,10 @@ from ZODB.blob import LAYOUT_MARKER
 from zope.interface import implementer
 
 from .interfaces import IBlobSource
+
+
+# Of a lawn, or of the first level of a bush
+_OID = re.compile(r"0x[0-9a-f]{1,16}")
 
 
 @implementer(IBlobSource)
@@ -23,8 +28,11 @@ class BlobDirSource:
     def __init__(self, path: str, layout: str = "automatic") -> None:
         if not os.path.isdir(path):
             raise ValueError(f"there is no blob directory {path}")
-        self._files = FilesystemHelper(path, layout)
         marker = os.path.join(path, LAYOUT_MARKER)
+        names = os.listdir(path)
+        if names and not os.path.exists(marker) and not any(map(_OID.fullmatch, names)):
+            raise ValueError(f"{path} is no blob directory: nothing in it is named like an oid")
+        self._files = FilesystemHelper(path, layout)
         marked = auto_layout_select(path)
         if os.path.exists(marker) and marked != self._files.layout_name:
             raise ValueError(f"{path} has the layout {marked}, not {layout}")

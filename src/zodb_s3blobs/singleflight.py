@@ -1,0 +1,60 @@
+"""One process of a host at a time: bytes of a file, locked by name."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import fcntl
+import os
+import time
+import zlib
+
+
+# Seconds after which nobody waits any longer: doing the work twice is only slower.
+TIMEOUT = 120.0
+
+
+class SingleFlight:
+    """Record locks, which belong to the process and vanish with it.
+
+    The threads of a process do not exclude each other here.
+
+    :param str path: a file that the processes share; made when missing.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        # (pid, descriptor); a forked child opens its own.
+        self._made: tuple[int, int] | None = None
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Wait until no other process is in here with this name."""
+        file = self._open()
+        place = zlib.crc32(name.encode())
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                break
+            except BlockingIOError:
+                # A stopped process must not stop the others.
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+        try:
+            yield
+        finally:
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+
+    def _open(self) -> int:
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Two threads may come here at once: one descriptor is then open until the end.
+            made = self._made = (os.getpid(), file)
+        return made[1]
+
+    def close(self) -> None:
+        """Close the file; a later call opens it again."""
+        made, self._made = self._made, None
+        if made is not None:
+            os.close(made[1])
