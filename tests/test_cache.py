@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 import os
+from pathlib import Path
 import re
 import shutil
 import signal
@@ -897,6 +898,36 @@ def test_temporary_files_of_dead_processes_do_not_stay_for_ever(open_cache):
     assert os.listdir(next_month.temp_dir) == []
 
 
+def test_file_left_short_by_a_power_failure_is_dropped_after_the_boot(open_cache):
+    """Nothing is written with fsync: under a final name there may be fewer bytes."""
+    cache = open_cache(1000)
+    for number in (1, 2, 3):
+        fill(cache, number)
+    cut = cache.path(oid(2), TID)
+    whole = cache.path(oid(1), TID)
+    cache.close()
+    os.chmod(cut, 0o600)
+    os.truncate(cut, 3)
+    Path(cache.cache_dir, "boot").write_text("another boot")
+    again = open_cache(1000)
+    assert not os.path.exists(cut)
+    assert os.path.exists(whole)
+    assert_sound(again)
+
+
+def test_files_without_an_index_are_dropped_after_a_boot(open_cache):
+    """The failure may have damaged the index, too, and with it all knowledge of sizes."""
+    cache = open_cache(1000)
+    fill(cache, 1)
+    path = cache.path(oid(1), TID)
+    cache.close()
+    os.remove(os.path.join(cache.cache_dir, "index.sqlite"))
+    Path(cache.cache_dir, "boot").write_text("")
+    again = open_cache(1000)
+    assert not os.path.exists(path)
+    assert_sound(again)
+
+
 # Forks
 
 
@@ -1019,25 +1050,6 @@ def test_child_goes_on_after_its_parent_closed(open_cache, tmp_path):
 
 
 # One filler at a time
-
-
-def test_one_filler_among_threads(open_cache):
-    """Eight readers of one cold blob: one fetches it, the others find it."""
-    cache = open_cache(100)
-    fetched = []
-
-    def read():
-        with cache.filling(oid(1), TID):
-            if cache.get(oid(1), TID) is None:
-                fetched.append(1)
-                fill(cache, 1)
-
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(fetched) == 1
 
 
 def test_fillers_of_different_blobs_do_not_wait_for_each_other(open_cache):

@@ -1,5 +1,6 @@
 """The index knows what it was told, after errors and for every process."""
 
+import os
 import sqlite3
 import threading
 
@@ -168,3 +169,25 @@ def test_opening_waits_for_a_process_that_is_making_the_index(path, lock):
         timer.join()
         other.close()
         index.close()
+
+
+def test_two_threads_that_fork_at_once_leave_the_index_usable(tmp_path):
+    """Each fork holds all indexes, and gives back those that it holds."""
+    index = CacheIndex(str(tmp_path / "index.sqlite"), lambda: ())
+
+    def fork():
+        for _ in range(50):
+            if (pid := os.fork()) == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+
+    threads = [threading.Thread(target=fork, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        with index.writing() as rows:
+            rows.put("a", 1, 1.0)
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    index.close()

@@ -242,6 +242,24 @@ class TestSecondStore:
         assert load(storage, OID, storage.tpc_finish(txn)) == b"second"
 
 
+class TestCache:
+    def test_commit_that_fails_evicts_nothing(self, s3, tmp_path):
+        """While S3 is down, what is cached cannot be fetched again."""
+        storage, client = make_storage(s3, tmp_path, cache_size=1000)
+        tid = commit_blob(storage, p64(1), bytes(900))
+        client.before["upload_file"] = Failure()
+        for _ in range(3):
+            transaction = TransactionMetaData()
+            storage.tpc_begin(transaction)
+            store_blob(storage, transaction, p64(2), bytes(800))
+            with pytest.raises(TransientS3Error):
+                storage.tpc_vote(transaction)
+            storage.tpc_abort(transaction)
+        client.before["download_file"] = Failure()
+        assert load(storage, p64(1), tid) == bytes(900)
+        storage.close()
+
+
 class TestConflict:
     def test_conflict_leaves_no_staged_file_and_uploads_nothing(self, made, s3):
         """A ConflictError in storeBlob costs no upload."""

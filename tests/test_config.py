@@ -513,3 +513,50 @@ def test_repr_of_what_was_opened_has_no_secret(text):
     storage = factory.open()
     assert "hunter2" not in repr(storage) + repr(factory) + str(vars(factory))
     storage.close()
+
+
+@pytest.mark.parametrize("name", ["GLACIER", "deep_archive"])
+def test_archive_class_is_refused(text, name):
+    """Its objects cannot be read at once."""
+    with pytest.raises(ZConfig.DataConversionError, match="restore request"):
+        parse(text(f"s3-storage-class {name}"))
+
+
+def test_profile_beside_keys_is_refused(text):
+    """boto3 would ignore one of them."""
+    with pytest.raises(ZConfig.DataConversionError, match="s3-profile"):
+        parse(text("s3-profile site", "s3-access-key a", "s3-secret-key b"))
+
+
+def test_source_in_the_cache_directory_is_refused(text, tmp_path):
+    """Files of one would be taken for files of the other."""
+    (tmp_path / "cache").mkdir()
+    source = f"<blobdir-source>\n path {tmp_path}/cache\n</blobdir-source>"
+    with pytest.raises(ZConfig.DataConversionError, match="apart from each other"):
+        parse(text(base=f"<mappingstorage>\n</mappingstorage>\n{source}"))
+
+
+def test_cache_directory_that_is_a_file_is_refused_with_its_line(text, tmp_path):
+    """As every mistake that can be seen while parsing."""
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ZConfig.DataConversionError, match=r"no directory.*line"):
+        parse(text())
+
+
+def test_home_directory_is_expanded(text, tmp_path, monkeypatch):
+    """As the shell does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(text().replace(str(tmp_path), "~")).config.cache_dir == str(tmp_path / "cache")
+
+
+def test_second_database_under_one_prefix_is_refused(text, tmp_path):
+    """Each would pack away what is the other's; the first, opened again, is no other."""
+    bases = [f"<filestorage>\n path {tmp_path}/{name}.fs\n</filestorage>" for name in "ab"]
+    first = parse(text(base=bases[0])).open()
+    second = parse(text(base=bases[1], cache="other"))
+    with pytest.raises(ValueError, match="s3-prefix of its own"):
+        second.open()
+    parse(text("s3-prefix own", base=bases[1], cache="other")).open().close()
+    first.close()
+    second.open().close()
+    parse(text(base=bases[0])).open().close()

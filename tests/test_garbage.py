@@ -296,6 +296,30 @@ class TestOtherKeys:
         with pytest.raises(OtherDatabaseError):
             storage.sweep(dry_run=True)
 
+    def test_new_database_in_the_place_of_a_lost_one_deletes_nothing(self, s3, tmp_path):
+        """A volume that is not mounted, a wrong path: FileStorage makes an empty Data.fs."""
+        db = open_db(s3, tmp_path)
+        rewrite(db, b"one", b"two")
+        db.close()
+        before = keys(s3)
+        os.remove(tmp_path / "Data.fs")
+        os.remove(tmp_path / "Data.fs.index")
+        db = open_db(s3, tmp_path)
+        with pytest.raises(OtherDatabaseError, match="Nothing was deleted"):
+            db.pack(time.time() + 1)
+        assert keys(s3) == before
+        db.close()
+
+    def test_oid_that_was_never_given_out_is_kept_beside_keys_of_ours(self, made, s3):
+        """A copy of the database does not know what the original has added since."""
+        storage, _client = made
+        tid = commit_blob(storage, OID, b"ours")
+        added = blob_key(p64(u64(HIGHEST) + 1), p64(5))
+        put(s3, added, blob_key(OTHER, p64(5)))
+        report = storage.sweep()
+        assert (report.kept, report.foreign, report.deleted) == (1, 1, 1)
+        assert keys(s3) == sorted([added, blob_key(OID, tid)])
+
     def test_foreign_bucket_without_a_key_of_ours_stops_the_sweep(self, made, s3):
         """Older keys of an oid that is no blob here, and not one that is surely ours."""
         storage, _client = made

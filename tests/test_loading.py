@@ -85,6 +85,31 @@ def test_blob_that_hangs_does_not_hold_up_others(cold, tmp_path):
     assert hanging.result() == b"bytes"
 
 
+def test_threads_that_wait_for_a_download_share_its_failure(cold):
+    """While S3 does not answer nobody waits for one time-out after the other."""
+    storage, client, tid = cold
+    gate = Gate()
+
+    def fail_slowly(*args):
+        gate()
+        raise TransientS3Error("S3 is down, says the test")
+
+    client.before["download_file"] = fail_slowly
+    first = start(storage.loadBlob, OID, tid)
+    gate.wait()
+    others = [start(storage.loadBlob, OID, tid) for _ in range(7)]
+    for other in others:
+        other.join(0.05)
+    gate.open()
+    for thread in [first, *others]:
+        with pytest.raises(TransientS3Error) as caught:
+            thread.result()
+        assert (caught.value.oid, caught.value.tid) == (OID, tid)
+    assert client.count("download_file") < 8
+    del client.before["download_file"]
+    assert load(storage, OID, tid) == b"bytes"
+
+
 def test_failed_download_is_tried_again_by_the_next_who_asks(cold):
     """A failure is nobody's but the one's who met it, and leaves no file."""
     storage, client, tid = cold
@@ -165,6 +190,16 @@ class TestSources:
         with pytest.raises(PermissionError):
             storage.loadBlob(OID, tid)
         assert leftovers(storage) == []
+        storage.close()
+
+    def test_source_is_asked_when_s3_fails(self, s3, tmp_path, old):
+        """A revision has the same bytes wherever they are; what no source has stays unknown."""
+        directory, tid = old
+        storage, client = make_storage(s3, tmp_path, sources=[BlobDirSource(directory)])
+        client.before["download_file"] = Failure()
+        assert load(storage, OID, tid) == b"old"
+        with pytest.raises(TransientS3Error):
+            storage.loadBlob(OID, p64(5))
         storage.close()
 
     def test_file_of_the_old_directory_is_neither_moved_nor_changed(self, s3, tmp_path, old):

@@ -618,7 +618,7 @@ OPERATIONS = {
 def test_missing_bucket_is_permanent_and_says_what_to_do(location, connect, target, operation):
     """It is never taken for a missing object, which a read would report as a lost blob."""
     client = connect(location, bucket_name="no-such-bucket")
-    with pytest.raises(PermanentS3Error, match="NoSuchBucket; create the bucket"):
+    with pytest.raises(PermanentS3Error, match=r"NoSuchBucket.*create the bucket"):
         OPERATIONS[operation](client, target)
 
 
@@ -639,6 +639,28 @@ def test_bucket_is_created_with_the_first_upload_where_configured(
     assert target.stat().st_size == size
     client.upload_file(source(bytes(size)), OTHER_KEY)
     assert list(client.list_objects("")) == [KEY, OTHER_KEY]
+
+
+def test_reading_never_creates_a_bucket(moto, connect, target):
+    """A name that is misspelt must not say that the data is gone."""
+    client = connect(moto, bucket_name="misspelt", create_bucket=True)
+    with pytest.raises(PermanentS3Error):
+        client.download_file(KEY, str(target))
+    with pytest.raises(PermanentS3Error):
+        client.copy_object(KEY, OTHER_KEY)
+    assert list(client.list_objects("")) == []
+    buckets = boto3_client(moto).list_buckets()["Buckets"]
+    assert "misspelt" not in [bucket["Name"] for bucket in buckets]
+
+
+@pytest.mark.parametrize("operation", ["upload", "download"])
+def test_answer_of_something_else_than_s3_is_transient(moto, connect, faulty, target, operation):
+    """A maintenance page with status 200 is no stored blob, and no blob's bytes."""
+    server, behind = faulty(moto)
+    page = Answer(200, [("Content-Type", "text/html")], b"<h1>Back soon</h1>")
+    server.instead = lambda request: page
+    with pytest.raises(TransientS3Error, match="something else than S3"):
+        OPERATIONS[operation](connect(behind), target)
 
 
 def test_bucket_that_another_process_created_meanwhile_is_used(moto, connect, faulty, source):

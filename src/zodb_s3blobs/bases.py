@@ -69,21 +69,26 @@ class TidBase:
     ) -> Survivors:
         """Ask the base which revisions of an object still need their blobs."""
         try:
-            revisions = [entry["tid"] for entry in self._base.history(oid, size=_ALL)]
+            history = self._base.history(oid, size=_ALL)
         except POSKeyError:
             return Survivors(set(), None)
         alive: set[bytes] = set()
-        # The revisions asked about first; the others only show what kind of object this is.
-        for tid in sorted(revisions, key=tids.__contains__, reverse=True):
-            if alive and tid not in tids:
+        seen_data = False
+        # Those asked about first; the others only show what kind of object this is.
+        for entry in sorted(history, key=lambda entry: entry["tid"] in tids, reverse=True):
+            tid = entry["tid"]
+            if seen_data and tid not in tids:
                 break
-            try:
-                data = self._base.loadSerial(oid, tid)
-            except POSKeyError:
-                continue  # an undone creation has no data
-            if not is_blob_record(data):
-                return Survivors(alive, min(revisions))
-            if tid not in tids:
-                break
-            alive.add(tid)
+            # loadSerial walks back from the current revision: once, and for records without data
+            # of their own, which undo an earlier change or a creation.
+            if not seen_data or not entry["size"]:
+                try:
+                    data = self._base.loadSerial(oid, tid)
+                except POSKeyError:
+                    continue  # an undone creation
+                if not is_blob_record(data):
+                    return Survivors(alive, min(entry["tid"] for entry in history))
+                seen_data = True
+            if tid in tids:
+                alive.add(tid)
         return Survivors(alive, None)

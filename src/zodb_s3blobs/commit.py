@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT = 10.0
 # Seconds and bytes a second: a vote waits as long as retries may take, and the slowest useful rate.
 UPLOAD_PATIENCE = 1800.0
-SLOWEST_RATE = 16 << 10
+SLOWEST_RATE = 128 << 10
 
 
 class Phase(Enum):

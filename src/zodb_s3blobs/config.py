@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 import os
+import re
 from typing import Any
 from urllib.parse import urlsplit
+import weakref
 
 from ZConfig.datatypes import SuffixMultiplier
 from ZODB.config import BaseConfig
@@ -40,6 +42,14 @@ def part_size(text: str) -> int:
     size = byte_count(text)
     if not 5 * MiB <= size <= 5 * 1024 * MiB:
         raise ValueError(f"S3 takes parts of 5MB to 5GB, not {text!r}")
+    return size
+
+
+def threshold(text: str) -> int:
+    """Return the size from which parts are sent, at most what S3 takes in one request."""
+    size = byte_count(text)
+    if size > 5 * 1024 * MiB:
+        raise ValueError(f"S3 takes up to 5GB in one request, not {text!r}")
     return size
 
 
@@ -120,6 +130,13 @@ def sse_customer_key(text: str) -> str:
     return text
 
 
+def region(text: str) -> str:
+    """Return the name of a region."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", text):
+        raise ValueError(f"a region has only letters, digits and ._- : {text!r}")
+    return text
+
+
 class BlobDirSourceFactory:
     """Section ``<blobdir-source>``."""
 
@@ -154,8 +171,9 @@ class S3BlobStorageFactory(BaseConfig):
         if section.s3_profile and section.s3_access_key:
             raise ValueError("s3-profile and s3-access-key exclude each other")
         for source in section.sources:
-            if os.path.realpath(source.path) == os.path.realpath(section.cache_dir):
-                raise ValueError("cache-dir and a <blobdir-source> are the same directory")
+            old, cache = os.path.realpath(source.path), os.path.realpath(section.cache_dir)
+            if os.path.commonpath([old, cache]) in (old, cache):
+                raise ValueError("cache-dir and a <blobdir-source> are not apart from each other")
         _check_base(section.base)
         self._client()  # the constructor checks what the keys alone cannot tell
 
@@ -171,6 +189,8 @@ class S3BlobStorageFactory(BaseConfig):
             sources = [source.open() for source in config.sources]
             pool = UploadPool(config.upload_concurrency)
             storage = S3BlobStorage(base, self._client(), cache, sources=sources, pool=pool)
+            place = (config.s3_endpoint_url, config.bucket_name, config.s3_prefix)
+            _refuse_two_databases(place, storage)
             opened.pop_all()
         return storage
 
@@ -200,6 +220,21 @@ class S3BlobStorageFactory(BaseConfig):
             create_bucket=config.s3_create_bucket,
             concurrency=config.upload_concurrency,
         )
+
+
+# What this process has opened, by endpoint, bucket and prefix.
+_places: dict[tuple[str | None, str, str], "weakref.ref[S3BlobStorage]"] = {}
+
+
+def _refuse_two_databases(place: tuple[str | None, str, str], storage: S3BlobStorage) -> None:
+    """Refuse a second database under a prefix: each would pack away what is the other's."""
+    other = _places.get(place, lambda: None)()
+    if other is not None and other.is_open and other.sortKey() != storage.sortKey():
+        raise ValueError(
+            f"{other.sortKey()} has bucket {place[1]!r} and s3-prefix {place[2]!r} already;"
+            f" give {storage.sortKey()} an s3-prefix of its own"
+        )
+    _places[place] = weakref.ref(storage)
 
 
 def _check_base(base: Any) -> None:

@@ -30,7 +30,10 @@ _TRANSIENT_CODES = frozenset({
 })  # fmt: skip
 _REGION = "set s3-region to the bucket's region"
 _REMEDIES = {
-    "NoSuchBucket": "create the bucket, or set s3-create-bucket",
+    "NoSuchBucket": "check bucket-name and s3-endpoint-url; create the bucket, or set"
+    " s3-create-bucket",
+    "InvalidBucketName": "check bucket-name",
+    "InvalidStorageClass": "check s3-storage-class",
     "AccessDenied": "the object is denied or missing: grant {permission}, and s3:ListBucket so"
     " that a missing object is told apart from a denied one",
     "InvalidAccessKeyId": "check s3-access-key",
@@ -124,4 +127,9 @@ def _from_botocore(error: Any, operation: str, key: str) -> S3OperationError:
         return make_error(PermanentS3Error, operation, key, reason)
     if isinstance(error, (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)):
         return make_error(TransientS3Error, operation, key, f"no credentials just now ({name})")
-    return make_error(PermanentS3Error, operation, key, f"boto3 refused the request ({name})")
+    remedy = {
+        "InvalidRegionError": "check s3-region",
+        "ParamValidationError": "check bucket-name",
+        "ProfileNotFound": "check s3-profile",
+    }.get(name, "see the boto3 documentation")
+    return make_error(PermanentS3Error, operation, key, f"boto3 refused it ({name}); {remedy}")

@@ -91,6 +91,8 @@ class S3BlobStorage:
         )
         self.__untransform: Callable[[bytes], bytes] = bytes
         self.fshelper = FileNames(cache, temp_dir)
+        #: until close()
+        self.is_open = True
         restoreable = IStorageRestoreable.providedBy(base_storage)
         directlyProvides(
             self,
@@ -131,6 +133,7 @@ class S3BlobStorage:
 
     def close(self) -> None:
         """Close the base and what was opened for the blobs; closing again changes nothing."""
+        self.is_open = False
         try:
             self.__base.close()
         finally:

@@ -24,6 +24,8 @@ def key_prefix(text: str) -> str:
         raise ValueError(f"a prefix has only letters, digits and !_.*'()-/ : {text!r}")
     if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
         raise ValueError(f"a prefix has no empty, '.' or '..' segment: {text!r}")
+    if len(prefix) > 900:
+        raise ValueError("a prefix has up to 900 characters: S3 takes keys of 1024")
     return prefix
 
 
