@@ -961,7 +961,7 @@ def test_failed_part_leaves_nothing_behind(moto, connect, faulty, source):
     server.instead = instead
     with pytest.raises(TransientS3Error):
         connect(behind, **PARTS).upload_file(source(bytes(11 * MiB)), KEY)
-    assert server.kinds()[-1] == "DELETE uploadId"
+    assert "DELETE uploadId" in server.kinds()
     assert uploads_under_way(moto) == []
     assert keys(moto) == []
 
