@@ -146,7 +146,9 @@ def _large(server, directory, location):
     (directory / "one").mkdir()
     with (
         root_of(directory, location) as in_parts,
-        root_of(directory / "one", location, s3_multipart_threshold="1GB") as in_one,
+        root_of(
+            directory / "one", location, s3_prefix="one", s3_multipart_threshold="1GB"
+        ) as in_one,
     ):
         *references, parts, one = alternate(
             4, upload_file, put_object, lambda: commit(in_parts), lambda: commit(in_one)

@@ -111,7 +111,7 @@ class Handler(socketserver.StreamRequestHandler):
             return self._send(f"<{tag}>{text}</{tag}>".encode())
         if method == "PUT" and "partNumber" not in query and key:
             self.server.keys[key] = None
-        return self._send(b"", ETag='"0"')
+        return self._send(b"")
 
     def _read_header(self):
         size = 0
@@ -148,6 +148,7 @@ class Handler(socketserver.StreamRequestHandler):
         ).encode()
 
     def _send(self, body, **headers):
+        headers = {"ETag": '"0"', **headers}
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{''.join(lines)}\r\n".encode()
         if len(body) < 1 << 16:
