@@ -20,6 +20,10 @@ from .interfaces import PermanentS3Error
 _creating = threading.Lock()
 
 
+# Parts that are under way at the same time, of all large blobs together.
+PARTS_AT_ONCE = 4
+
+
 class S3Session:
     """Hands out a boto3 client and a transfer manager; threads share both.
 
@@ -86,7 +90,10 @@ class S3Session:
         if self._config_options["request_checksum_calculation"] == "when_required":
             client.meta.events.register("choose-signer.s3.PutObject", _choose_signer)
         config = s3transfer.manager.TransferConfig(
-            multipart_threshold=1, multipart_chunksize=self._part_size
+            multipart_threshold=1,
+            multipart_chunksize=self._part_size,
+            # More threads send no faster from one process: they wait for each other.
+            max_request_concurrency=PARTS_AT_ONCE,
         )
         return client, s3transfer.manager.TransferManager(client, config)
 
