@@ -1,5 +1,6 @@
 """TransactionBlobs: staged, uploaded, voted, finished or aborted, and what fails on the way."""
 
+from base64 import encodebytes
 import os
 import tempfile
 import time
@@ -13,6 +14,7 @@ from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
+from ZODB.POSException import StorageTransactionError
 from ZODB.utils import p64
 
 from zodb_s3blobs import commit
@@ -240,6 +242,27 @@ class TestSecondStore:
         store_blob(storage, txn, OID, b"second")
         storage.tpc_vote(txn)
         assert load(storage, OID, storage.tpc_finish(txn)) == b"second"
+
+
+class TestDoomed:
+    def test_undo_that_could_not_copy_a_blob_cannot_be_finished(self, s3, tmp_path):
+        """The base has undone the record: without its blob it must not commit, voted or not."""
+        base = FileStorage(f"{tmp_path}/Data.fs")
+        storage, _client = make_storage(s3, tmp_path, base=base)
+        first = commit_blob(storage, p64(1), b"first")
+        second = commit_blob(storage, p64(1), b"second", first)
+        load_before, base.loadBefore = base.loadBefore, Failure(OSError("says the test"))
+        transaction = TransactionMetaData()
+        storage.tpc_begin(transaction)
+        with pytest.raises(OSError):
+            storage.undo(encodebytes(second).rstrip(), transaction)
+        for step in (storage.tpc_finish, storage.tpc_vote):
+            with pytest.raises(StorageTransactionError):
+                step(transaction)
+        storage.tpc_abort(transaction)
+        base.loadBefore = load_before
+        assert storage.lastTransaction() == second
+        storage.close()
 
 
 class TestCache:

@@ -238,8 +238,8 @@ class TransactionBlobs:
 
         :raises StorageTransactionError: when blobs were staged that no vote has waited for.
         """
-        if self._blobs and self.phase is not Phase.VOTED:
-            raise StorageTransactionError("tpc_finish without tpc_vote after a blob was stored")
+        if self.phase is Phase.DOOMED or (self._blobs and self.phase is not Phase.VOTED):
+            raise StorageTransactionError("tpc_finish without a vote that waited for the blobs")
         self.phase = Phase.FINISHING
 
     def finish(self) -> None:
@@ -277,6 +277,7 @@ class TransactionBlobs:
         except FutureTimeout:
             logger.warning("abort goes on in the background tid=%s", self.tid.hex())
         except Exception:
+            # Whatever it is, the base has aborted, and the caller has nothing left to undo.
             logger.exception("abort left objects behind tid=%s", self.tid.hex())
 
     def _clean_up(self, delete: bool) -> None:
