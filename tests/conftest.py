@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from .services.ceph import CephGateway
 from .services.location import new_bucket
 from .services.moto_s3 import MotoServer
+from .services.postgresql import PostgresqlServer
 from .services.process import ServiceMissing
 from .services.proxy import LatencyProxy
 from .services.rclone import RcloneServer
@@ -68,6 +70,22 @@ def ceph():
 def moto_server():
     """A `MotoServer`."""
     yield from run_service("moto", MotoServer())
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A `PostgresqlServer`."""
+    # In memory, where there is room for it, a database is made in a fifth of the time. Its socket
+    # needs a short path, too.
+    memory = "/dev/shm"
+    roomy = os.path.isdir(memory) and shutil.disk_usage(memory).free > 1 << 30
+    parent = memory if roomy else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="postgresql-", dir=parent) as directory:
+        server = PostgresqlServer(directory)
+        try:
+            yield from run_service("postgresql", server)
+        finally:
+            server.remove()
 
 
 @pytest.fixture

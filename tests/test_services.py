@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 
@@ -17,6 +18,8 @@ from .services.location import boto3_client
 from .services.location import keys
 from .services.location import new_bucket
 from .services.moto_s3 import MotoServer
+from .services.postgresql import PostgresqlServer
+from .services.process import ServiceMissing
 from .services.rclone import RcloneServer
 
 
@@ -41,6 +44,15 @@ def listens(url):
     parts = urllib.parse.urlsplit(url)
     with socket.socket() as probe:
         return probe.connect_ex((parts.hostname, parts.port)) == 0
+
+
+def accepts(psycopg2, dsn):
+    """Return whether a database can be connected to."""
+    try:
+        psycopg2.connect(dsn).close()
+    except psycopg2.OperationalError:
+        return False
+    return True
 
 
 def wait_until(condition, seconds=20):
@@ -177,6 +189,68 @@ def test_ceph_ends_with_the_process_that_started_it(ceph):
     url = child.stdout.strip()
     assert url, child.stderr
     wait_until(lambda: not listens(url))
+
+
+@pytest.fixture
+def psycopg2(postgresql):
+    """The module, which is there where the server is."""
+    return pytest.importorskip("psycopg2")
+
+
+def test_postgresql_databases_are_apart(postgresql, psycopg2):
+    """A new database is empty, and a dropped one is gone, even while someone is connected."""
+    first, second = postgresql.new_database(), postgresql.new_database()
+    with psycopg2.connect(first) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE known (id int)")
+    with psycopg2.connect(second) as other, other.cursor() as cursor:
+        cursor.execute("SELECT to_regclass('known')")
+        assert cursor.fetchone() == (None,)
+    other.close()
+    postgresql.drop_database(first)
+    assert not accepts(psycopg2, first)
+    assert accepts(psycopg2, second)
+    postgresql.drop_database(second)
+
+
+def test_postgresql_started_again_serves_the_same_databases(postgresql, psycopg2):
+    """A test can let the database fail under its clients and come back."""
+    dsn = postgresql.new_database()
+    client = psycopg2.connect(dsn)
+    postgresql.stop()
+    assert not accepts(psycopg2, dsn)
+    postgresql.start()
+    with pytest.raises(psycopg2.OperationalError), client.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    assert accepts(psycopg2, dsn)
+    postgresql.drop_database(dsn)
+
+
+def test_postgresql_ends_with_the_process_that_started_it(psycopg2):
+    """Also a process that was killed leaves no server behind."""
+    code = (
+        "import os, sys; from tests.services.postgresql import PostgresqlServer\n"
+        "server = PostgresqlServer(sys.argv[1]); server.start()\n"
+        "print(server.new_database(), flush=True); os.kill(os.getpid(), 9)"
+    )
+    with tempfile.TemporaryDirectory(prefix="postgresql-", dir="/tmp") as directory:
+        child = subprocess.run(
+            [sys.executable, "-c", code, directory],
+            cwd=os.path.dirname(os.path.dirname(__file__)),
+            capture_output=True,
+            text=True,
+        )
+        assert child.stdout, child.stderr
+        wait_until(lambda: not accepts(psycopg2, child.stdout.strip()))
+        PostgresqlServer(directory).remove()
+
+
+def test_missing_postgresql_says_so(tmp_path, monkeypatch):
+    """Who wants to run the tests learns what to install."""
+    pytest.importorskip("psycopg2")
+    monkeypatch.setattr("tests.services.postgresql.INSTALLED", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServiceMissing, match="apt-get install postgresql"):
+        PostgresqlServer(tmp_path).start()
 
 
 def test_proxy_delays_and_counts_requests(s3, latency_proxy):
