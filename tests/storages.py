@@ -168,6 +168,22 @@ def make_client(location, **options):
     )
 
 
+def open_relstorage(directory, name="database", keep_history=True, **options):
+    """Return a RelStorage over SQLite; the same name is the same database.
+
+    :param options: of RelStorage.
+    """
+    # It is slow to import, and most tests do without.
+    from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
+    from relstorage.options import Options
+    from relstorage.storage import RelStorage
+
+    os.makedirs(f"{directory}/{name}", exist_ok=True)
+    options = Options(keep_history=keep_history, **options)
+    adapter = Sqlite3Adapter(f"{directory}/{name}", pragmas={}, options=options)
+    return RelStorage(adapter, options=options)
+
+
 def make_storage(location, directory, cache="cache", base=None, cache_size=1 << 30, **options):
     """Return (storage, its HookedClient) over a FileStorage.
 

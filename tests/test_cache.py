@@ -153,7 +153,7 @@ def test_put_takes_the_source_away_and_many_are_put_at_once(open_cache):
         path = cache.temporary_file()
         with open(path, "wb") as file:
             file.write(b"x" * 20)
-        entries.append((oid(number), TID, path))
+        entries.append((oid(number), TID, path, TID))
     cache.reserve((entry[0], entry[1], 20) for entry in entries)
     assert held(cache) == []
     cache.put_many(entries)
@@ -171,21 +171,94 @@ def test_file_whose_room_was_lost_is_not_put(open_cache):
     cache.reserve([(oid(1), TID, 50)])
     for number in range(10, 20):
         fill(cache, number)
-    cache.put_many([(oid(1), TID, path)])
+    cache.put_many([(oid(1), TID, path, TID)])
     assert held(cache) == list(range(10, 20))
     assert os.listdir(cache.temp_dir) == []
     assert_sound(cache)
 
 
+def staged(cache, number, name=TID, size=40):
+    """Return what put_many wants for a file whose tid stood under a name until now."""
+    path = cache.temporary_file()
+    with open(path, "wb") as file:
+        file.write(b"x" * size)
+    return oid(number), TID, path, name
+
+
+NAME = b"anything"
+
+
+def test_room_reserved_under_another_name_is_used_under_the_tid(open_cache):
+    """Some transactions learn their tid when they finish: what they reserved is theirs."""
+    cache = open_cache()
+    entries = [staged(cache, number, NAME) for number in (1, 2)]
+    cache.reserve([(entry[0], NAME, 40) for entry in entries])
+    assert cache.get(oid(1), NAME) is None
+    cache.put_many(entries)
+    assert cache.get(oid(1), NAME) is None
+    assert cache.get(oid(1), TID) is not None
+    assert cache.current_size() == 80
+    assert os.listdir(cache.temp_dir) == []
+    assert_sound(cache)
+
+
+def test_file_that_a_reader_was_faster_to_fetch_counts_once(open_cache):
+    """The row under the tid is there when the one under the other name becomes it."""
+    cache = open_cache()
+    entry = staged(cache, 1, NAME)
+    cache.reserve([(oid(1), NAME, 40)])
+    fill(cache, 1, b"x" * 40)
+    cache.put_many([entry])
+    assert cache.current_size() == 40
+    assert_sound(cache)
+
+
+def test_room_under_another_name_that_was_lost_is_not_used(open_cache):
+    """The file is deleted, and none that came under the tid meanwhile suffers."""
+    cache = open_cache()
+    entry = staged(cache, 1, NAME)
+    cache.reserve([(oid(1), NAME, 40)])
+    fill(cache, 1)
+    for number in range(10, 19):
+        fill(cache, number)
+    cache.put_many([entry])
+    assert held(cache) == [1, *range(10, 19)]
+    assert os.listdir(cache.temp_dir) == []
+    assert_sound(cache)
+
+
+def test_room_under_another_name_is_given_back(open_cache):
+    """As after an abort; giving it back again does nothing."""
+    cache = open_cache()
+    cache.reserve([(oid(1), NAME, 40), (oid(2), NAME, 40)])
+    assert cache.current_size() == 80
+    for _ in range(2):
+        cache.release([(oid(1), NAME), (oid(2), NAME)])
+        assert cache.current_size() == 0
+        assert_sound(cache)
+
+
+@pytest.mark.parametrize("name", [TID, NAME])
+def test_file_is_in_the_index_though_the_next_one_could_not_be_put(open_cache, name):
+    """A file without a row would be beyond the budget."""
+    cache = open_cache()
+    entries = [staged(cache, number, name) for number in (1, 2)]
+    cache.reserve([(entry[0], name, 40) for entry in entries])
+    os.chmod(os.path.dirname(cache.path(oid(2), TID)), 0o500)
+    try:
+        with pytest.raises(OSError):
+            cache.put_many(entries)
+    finally:
+        os.chmod(os.path.dirname(cache.path(oid(2), TID)), 0o700)
+    cache.release([(entry[0], TID) for entry in entries])
+    assert cache.check() == []
+    assert cache.current_size() == sum(files(cache).values())
+
+
 def test_commit_larger_than_the_budget_keeps_what_fits(open_cache):
     """Its own later files take the room of its earlier ones."""
     cache = open_cache()
-    entries = []
-    for number in range(5):
-        path = cache.temporary_file()
-        with open(path, "wb") as file:
-            file.write(b"x" * 40)
-        entries.append((oid(number), TID, path))
+    entries = [staged(cache, number) for number in range(5)]
     cache.reserve([(entry[0], entry[1], 40) for entry in entries])
     cache.put_many(entries)
     assert held(cache) == [3, 4]
@@ -853,12 +926,22 @@ cache.reserve(entries())
 """,
     "filling": "filling = cache.filling(oid, bytes(8)); filling.__enter__()",
     "put": "cache.put(oid, bytes(8), path)",
+    "putting under the tid": """
+replace = os.replace
+def replace_and_wait(source, target):
+    replace(source, target)
+    print("ready", flush=True)
+    sys.stdin.read()
+os.replace = replace_and_wait
+cache.reserve([(oid, b"anything", 60)])
+cache.put_many([(oid, bytes(7) + b"\\1", path, b"anything")])
+""",
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_process_leaves_a_cache_that_heals(open_cache, stage):
-    """SIGKILL between reserve and put, in the middle of a change, while filling, after put."""
+    """SIGKILL between reserve and put, in the middle of a change, while filling or putting."""
     cache = open_cache(100)
     code = f"{KILLED}\n{STAGES[stage]}\nprint('ready', flush=True)\nsys.stdin.read()"
     child = subprocess.Popen(

@@ -44,6 +44,22 @@ def test_rows_are_kept_and_their_total_known(path):
     index.close()
 
 
+def test_renamed_row_keeps_its_size_and_its_use(path):
+    """It takes the place of a row of that name; where there is none, nothing comes of it."""
+    index = CacheIndex(path, nothing)
+    with index.writing() as rows:
+        rows.put("a", 10, 3.0)
+        rows.put("b", 20, 1.0)
+        rows.rename("a", "c")
+        assert sorted(rows) == [("b", 20), ("c", 10)]
+        rows.rename("b", "c")
+        assert (list(rows), rows.oldest(), rows.total()) == ([("c", 20)], ("c", 20, 1.0), 20)
+        rows.rename("c", "d")
+        rows.rename("never there", "e")
+        assert (list(rows), rows.total()) == ([("d", 20)], 20)
+    index.close()
+
+
 def test_new_index_begins_with_what_is_there(path):
     """The scan is asked once, and not again at the next opening."""
     scans = []

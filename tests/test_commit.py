@@ -1,6 +1,7 @@
 """TransactionBlobs: staged, uploaded, voted, finished or aborted, and what fails on the way."""
 
 from base64 import encodebytes
+from functools import partial
 import os
 import tempfile
 import time
@@ -22,6 +23,9 @@ from zodb_s3blobs.cache import S3BlobCache
 from zodb_s3blobs.interfaces import PermanentS3Error
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.keys import parse_key
+from zodb_s3blobs.records import read_reference
+from zodb_s3blobs.records import with_reference
 from zodb_s3blobs.uploads import UploadPool
 
 from .services.location import keys
@@ -33,7 +37,9 @@ from .storages import Gate
 from .storages import leftovers
 from .storages import load
 from .storages import make_storage
+from .storages import open_relstorage
 from .storages import read
+from .storages import restore_blob
 from .storages import start
 from .storages import store_blob
 from .storages import write_file
@@ -540,3 +546,409 @@ def test_permanent_error_is_no_transient_error(made):
         storage.tpc_vote(txn)
     assert not isinstance(caught.value, TransientError)
     storage.tpc_abort(txn)
+
+
+class Clocks:
+    """Two clocks that show what was set, in seconds."""
+
+    def __init__(self):
+        self.steady, self.set = 1000.0, 1e9
+
+    def __call__(self):
+        return self.steady, self.set
+
+    def advance(self, seconds):
+        self.steady += seconds
+        self.set += seconds
+
+
+GRACE = 1000.0
+RENEWED, REFUSED = GRACE * 0.51, GRACE * 0.75
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """The clocks of all storages that are made from now on."""
+    clocks = Clocks()
+    services = partial(commit.BlobServices, clocks=clocks)
+    monkeypatch.setattr("zodb_s3blobs.storage.BlobServices", services)
+    return clocks
+
+
+@pytest.fixture(params=[True, False], ids=["history", "no history"])
+def late_base(request, tmp_path):
+    return open_relstorage(tmp_path, keep_history=request.param)
+
+
+@pytest.fixture
+def late(s3, tmp_path, clocks, late_base):
+    """(storage that learns its tids when it finishes, its hooked client)."""
+    storage, client = make_storage(s3, tmp_path, base=late_base, gc_grace=GRACE)
+    yield storage, client
+    storage.close()
+
+
+def watch_uploads(client):
+    """Return a list that gets the key of each upload."""
+    sent = []
+    client.before["upload_file"] = lambda path, key, *args: sent.append(key)
+    return sent
+
+
+def reference(storage, oid, tid):
+    """The key that the record of a revision refers to."""
+    return blob_key(oid, read_reference(storage.loadSerial(oid, tid)))
+
+
+def assert_cache_is_sound(tmp_path, size):
+    """The cache has files of this size, and no room is reserved for others."""
+    cache = S3BlobCache(f"{tmp_path}/cache")
+    assert (cache.check(), cache.current_size()) == ([], size)
+    cache.close()
+
+
+class TestByRecord:
+    def test_uploads_end_before_the_base_votes(self, late, s3, monkeypatch):
+        """Row locks and the commit lock are taken when nothing slow is left to do."""
+        storage, client = late
+        gate = client.before["upload_file"] = Gate()
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        gate.wait()
+        vote = start(storage.tpc_vote, txn)
+        vote.join(0.1)
+        other = storage.new_instance()
+        commit_record(other, p64(9))  # nobody holds a lock
+        other.release()
+        gate.open()
+        vote.result()
+        tid = storage.tpc_finish(txn)
+        assert keys(s3) == [reference(storage, OID, tid)]
+
+    def test_finished_blob_is_in_the_cache_under_its_tid(self, late, tmp_path):
+        """What was reserved before the tid was known is used, and no more."""
+        storage, client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"first")
+        store_blob(storage, txn, p64(2), b"other")
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        client.calls.clear()
+        assert load(storage, OID, tid) == b"first"
+        assert load(storage, p64(2), tid) == b"other"
+        assert client.calls == []
+        assert leftovers(storage) == []
+        assert_cache_is_sound(tmp_path, 10)
+
+    def test_cache_without_room_loses_the_file_and_nothing_else(self, s3, tmp_path, clocks):
+        """Others took the room between vote and finish."""
+        base = open_relstorage(tmp_path)
+        storage, _client = make_storage(s3, tmp_path, base=base, cache_size=1000)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"1" * 600)
+        storage.tpc_vote(txn)
+        cache = S3BlobCache(f"{tmp_path}/cache", 1000)
+        cache.put(p64(2), p64(5), write_file(b"2" * 600, cache.temp_dir))
+        cache.close()
+        tid = storage.tpc_finish(txn)
+        assert leftovers(storage) == []
+        assert_cache_is_sound(tmp_path, 600)
+        assert load(storage, OID, tid) == b"1" * 600
+        storage.close()
+
+    @pytest.mark.parametrize("step", ["store", "vote", "base's vote"])
+    def test_aborted_blob_leaves_nothing_anywhere(self, late, s3, tmp_path, step):
+        """The key is the transaction's own: nobody else refers to it."""
+        storage, client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        if step == "vote":
+            client.before["upload_file"] = Failure(times=1)
+            store_blob(storage, txn, p64(2), b"bytes")
+            with pytest.raises(TransientS3Error) as caught:
+                storage.tpc_vote(txn)
+            assert (caught.value.oid, caught.value.tid) == (p64(2), None)
+        elif step == "base's vote":
+            storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+        assert_cache_is_sound(tmp_path, 0)
+        assert load(storage, OID, commit_blob(storage, OID, b"again")) == b"again"
+
+    def test_conflict_leaves_the_bucket_as_it_was(self, late, s3, tmp_path):
+        """A RelStorage sees it in its vote, when the bytes are uploaded."""
+        storage, _client = late
+        first = commit_blob(storage, OID, b"first")
+        commit_blob(storage, OID, b"second", first)
+        before = keys(s3)
+        txn = begun(storage)
+        with pytest.raises(ConflictError):
+            store_blob(storage, txn, OID, b"late", first)
+            storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == (before, [])
+        assert_cache_is_sound(tmp_path, 11)
+
+    def test_second_store_of_an_oid_wins(self, late, s3, tmp_path):
+        """Bytes and reference are those stored last; the first object is the sweep's."""
+        storage, client = late
+        txn = begun(storage)
+        for data in (b"first" * 100, b"second"):
+            uploaded = client.after["upload_file"] = Gate()
+            uploaded.open()
+            store_blob(storage, txn, OID, data)
+            uploaded.wait()
+        assert leftovers(storage) != []
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        assert load(storage, OID, tid) == b"second"
+        key = reference(storage, OID, tid)
+        assert (len(keys(s3)), key in keys(s3)) == (2, True)
+        client.client.download_file(key, f"{tmp_path}/downloaded")
+        assert (tmp_path / "downloaded").read_bytes() == b"second"
+        assert leftovers(storage) == []
+        assert_cache_is_sound(tmp_path, 6)
+
+    def test_abort_after_a_second_store_deletes_both_objects(self, late, s3):
+        """Neither is left to the sweep."""
+        storage, client = late
+        txn = begun(storage)
+        for data in (b"first", b"second"):
+            uploaded = client.after["upload_file"] = Gate()
+            uploaded.open()
+            store_blob(storage, txn, OID, data)
+            uploaded.wait()
+        storage.tpc_vote(txn)
+        assert len(keys(s3)) == 2
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+
+    @pytest.mark.parametrize("committed", [False, True])
+    def test_nothing_is_deleted_after_the_bases_finish_raised(
+        self, late, late_base, s3, tmp_path, monkeypatch, committed
+    ):
+        """The outcome is unknown: the object stays, its room in the cache does not."""
+        storage, _client = late
+        finish = late_base.tpc_finish
+
+        def fail(*args):
+            if committed:
+                finish(*args)
+            raise OSError("says the test")
+
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        storage.tpc_vote(txn)
+        with monkeypatch.context() as patch:
+            patch.setattr(late_base, "tpc_finish", fail)
+            with pytest.raises(OSError, match="says the test"):
+                storage.tpc_finish(txn)
+        storage.tpc_abort(txn)
+        assert len(keys(s3)) == 1
+        assert leftovers(storage) == []
+        assert_cache_is_sound(tmp_path, 0)
+        if committed:
+            record, tid = storage.load(OID)
+            assert parse_key(keys(s3)[0]) == (OID, read_reference(record))
+            assert load(storage, OID, tid) == b"bytes"
+
+    def test_restored_object_outlives_the_abort_of_its_transaction(self, late, s3):
+        """Under whatever key: another database may refer to it."""
+        storage, _client = late
+        stamp = b"s" * 16
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn, p64(77), " ")
+        restore_blob(storage, txn, OID, p64(77), b"1", with_reference(BLOB_RECORD, stamp))
+        restore_blob(storage, txn, p64(2), p64(77), b"2")
+        storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert keys(s3) == sorted([blob_key(OID, stamp), blob_key(p64(2), p64(77))])
+        assert leftovers(storage) == []
+
+
+class TestRenewal:
+    """A sweep of another process may delete what no record refers to after gc-grace."""
+
+    def test_old_upload_is_sent_again_and_its_record_stored_again(self, late, s3, tmp_path, clocks):
+        """Before the base votes; the first object is left to the sweep."""
+        storage, client = late
+        sent = watch_uploads(client)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        clocks.advance(RENEWED)
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        first, second = sent
+        assert reference(storage, OID, tid) == second
+        assert keys(s3) == sorted([first, second])
+        client.client.download_file(second, f"{tmp_path}/downloaded")
+        assert (tmp_path / "downloaded").read_bytes() == b"bytes"
+        assert load(storage, OID, tid) == b"bytes"
+        assert leftovers(storage) == []
+        assert_cache_is_sound(tmp_path, 5)
+
+    def test_abort_deletes_all_that_was_sent(self, late, s3, tmp_path, clocks):
+        """Under the stamps of before and of now."""
+        storage, _client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        clocks.advance(RENEWED)
+        storage.tpc_vote(txn)
+        assert len(keys(s3)) == 2
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+        assert_cache_is_sound(tmp_path, 0)
+
+    def test_only_what_is_old_is_sent_again(self, late, clocks):
+        """A long transaction's last blobs need not be."""
+        storage, client = late
+        sent = watch_uploads(client)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"old")
+        clocks.advance(RENEWED)
+        store_blob(storage, txn, p64(2), b"new")
+        storage.tpc_vote(txn)
+        assert sorted(parse_key(key)[0] for key in sent) == [OID, OID, p64(2)]
+        tid = storage.tpc_finish(txn)
+        assert (load(storage, OID, tid), load(storage, p64(2), tid)) == (b"old", b"new")
+
+    @pytest.mark.parametrize("seconds", [0, GRACE * 0.5])
+    def test_younger_upload_is_not_sent_again(self, late, clocks, seconds):
+        """Half the grace period is left for the votes of all, and for the finish."""
+        storage, client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        clocks.advance(seconds)
+        storage.tpc_vote(txn)
+        storage.tpc_finish(txn)
+        assert client.count("upload_file") == 1
+
+    @pytest.mark.parametrize("clock", ["steady", "set"])
+    def test_either_clock_tells_that_time_has_passed(self, late, clocks, clock):
+        """One stands still while the machine sleeps, the other can be set back."""
+        storage, client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        clocks.set -= 50000
+        setattr(clocks, clock, getattr(clocks, clock) + 50000 + RENEWED)
+        storage.tpc_vote(txn)
+        storage.tpc_finish(txn)
+        assert client.count("upload_file") == 2
+
+    def test_uploads_that_are_always_too_slow_are_given_up(self, late, s3, clocks):
+        """Three times more, and then the operator is told which setting to change."""
+        storage, client = late
+        client.after["upload_file"] = lambda *args: clocks.advance(RENEWED)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        with pytest.raises(PermanentS3Error, match=r"half of gc-grace, which is 1000 s"):
+            storage.tpc_vote(txn)
+        assert client.count("upload_file") == 4
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+
+    def test_last_renewal_that_is_fast_enough_is_accepted(self, late, clocks):
+        """Slow times pass."""
+        storage, client = late
+        slow = Failure(times=3)
+
+        def advance(*args):
+            try:
+                slow()
+            except TransientS3Error:
+                clocks.advance(RENEWED)
+
+        client.after["upload_file"] = advance
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        storage.tpc_vote(txn)
+        assert client.count("upload_file") == 4
+        tid = storage.tpc_finish(txn)
+        assert load(storage, OID, tid) == b"bytes"
+
+    def test_renewal_that_fails_fails_the_vote(self, late, s3, clocks):
+        """As any upload; the abort deletes what was sent before."""
+        storage, client = late
+        txn = begun(storage)
+        uploaded = client.after["upload_file"] = Gate()
+        uploaded.open()
+        store_blob(storage, txn, OID, b"bytes")
+        uploaded.wait()
+        clocks.advance(RENEWED)
+        client.before["upload_file"] = Failure()
+        with pytest.raises(TransientS3Error):
+            storage.tpc_vote(txn)
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+
+    def test_without_a_grace_period_nothing_is_sent_again(self, s3, tmp_path, clocks):
+        """Whoever sets it to 0 says that no other process sweeps."""
+        base = open_relstorage(tmp_path)
+        storage, client = make_storage(s3, tmp_path, base=base, gc_grace=0)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        clocks.advance(1e6)
+        storage.tpc_vote(txn)
+        clocks.advance(1e6)
+        storage.tpc_finish(txn)
+        assert client.count("upload_file") == 1
+        storage.close()
+
+    def test_blobs_by_tid_are_not_sent_again(self, s3, tmp_path, clocks):
+        """Their tid is above the last transaction's, which no sweep touches."""
+        storage, client = make_storage(s3, tmp_path, gc_grace=GRACE)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        clocks.advance(1e6)
+        storage.tpc_vote(txn)
+        clocks.advance(1e6)
+        storage.tpc_finish(txn)
+        assert client.count("upload_file") == 1
+        storage.close()
+
+    def test_restored_blobs_are_sent_again_under_the_same_key(self, late, s3, clocks):
+        """It stands in a record that must not change; the object is young again."""
+        storage, client = late
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn, p64(77), " ")
+        restore_blob(storage, txn, OID, p64(77), b"1", with_reference(BLOB_RECORD, b"s" * 16))
+        clocks.advance(1e6)
+        storage.tpc_vote(txn)
+        assert storage.tpc_finish(txn) == p64(77)
+        assert client.count("upload_file") == 2
+        assert keys(s3) == [blob_key(OID, b"s" * 16)]
+
+
+class TestLateFinish:
+    def test_finish_after_the_grace_period_is_refused(self, late, s3, tmp_path, clocks):
+        """A sweep may have taken the objects: nothing commits, and the abort cleans up."""
+        storage, _client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        storage.tpc_vote(txn)
+        clocks.advance(REFUSED)
+        with pytest.raises(TransientS3Error, match="gc-grace"):
+            storage.tpc_finish(txn)
+        storage.tpc_abort(txn)
+        assert (keys(s3), leftovers(storage)) == ([], [])
+        assert_cache_is_sound(tmp_path, 0)
+        tid = commit_blob(storage, OID, b"again")
+        assert load(storage, OID, tid) == b"again"
+
+    def test_finish_within_the_grace_period_is_accepted(self, late, clocks):
+        """However long the votes of others take."""
+        storage, _client = late
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes")
+        storage.tpc_vote(txn)
+        clocks.advance(REFUSED - 1)
+        assert load(storage, OID, storage.tpc_finish(txn)) == b"bytes"
+
+    def test_transaction_without_blobs_may_take_as_long_as_it_likes(self, late, clocks):
+        """There is nothing that a sweep could take."""
+        storage, _client = late
+        txn = begun(storage)
+        storage.store(OID, p64(0), BLOB_RECORD, "", txn)
+        storage.tpc_vote(txn)
+        clocks.advance(REFUSED * 100)
+        storage.tpc_finish(txn)

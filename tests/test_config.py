@@ -1,6 +1,7 @@
 """A mistake in zope.conf is told with its line, before anything is opened; opening asks nobody."""
 
 import base64
+from contextlib import closing
 import io
 import os
 import subprocess
@@ -18,13 +19,17 @@ from ZODB.config import getStorageSchema
 from ZODB.config import storageFromString
 from ZODB.FileStorage import FileStorage
 from ZODB.interfaces import IBlobStorage
+from ZODB.interfaces import IMVCCStorage
 from ZODB.POSException import POSKeyError
 
 from zodb_s3blobs.config import S3BlobStorageFactory
 from zodb_s3blobs.interfaces import IS3BlobStorage
 from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.keys import new_stamp
 
 from .faults import refused_endpoint
+from .services.location import boto3_client
 from .services.location import keys
 
 
@@ -94,6 +99,8 @@ def test_defaults_are_those_of_the_documentation(text):
         "s3_max_attempts": 5,
         "s3_multipart_threshold": 64 << 20,
         "s3_multipart_part_size": 16 << 20,
+        "addressing": "auto",
+        "gc_grace": 86400,
         "upload_concurrency": 32,
         "cache_size": 1 << 30,
     }
@@ -121,6 +128,17 @@ def test_defaults_are_those_of_the_documentation(text):
         ("s3-multipart-threshold 1GB", 1 << 30),
         ("s3-multipart-part-size 5MB", 5 << 20),
         ("s3-profile archive", "archive"),
+        ("addressing auto", "auto"),
+        ("addressing tid", "tid"),
+        ("addressing record", "record"),
+        ("gc-grace 0", 0),
+        ("gc-grace 0s", 0),
+        ("gc-grace 90s", 90),
+        ("gc-grace 90m", 5400),
+        ("gc-grace 36h", 129600),
+        ("gc-grace 7d", 604800),
+        ("gc-grace 7D", 604800),
+        ("gc-grace 3600", 3600),
         ("upload-concurrency 256", 256),
         ("cache-size 20gb", 20 << 30),
         ("cache-size 2TB", 2 << 40),
@@ -162,6 +180,16 @@ def test_key_is_taken(text, line, value):
         ("s3-max-attempts many", "from 1 to 256"),
         ("upload-concurrency 257", "from 1 to 256"),
         ("upload-concurrency 1.5", "from 1 to 256"),
+        ("addressing tids", "auto, tid, record"),
+        ("addressing Record", "auto, tid, record"),
+        ("gc-grace soon", "such as 24h or 7d"),
+        ("gc-grace -1h", "such as 24h or 7d"),
+        ("gc-grace 1.5h", "such as 24h or 7d"),
+        ("gc-grace 500ms", "such as 24h or 7d"),
+        ("gc-grace 1w", "such as 24h or 7d"),
+        ("gc-grace h", "such as 24h or 7d"),
+        ("gc-grace nan", "such as 24h or 7d"),
+        ("gc-grace inf", "such as 24h or 7d"),
         ("s3-multipart-threshold 0", "at least one byte"),
         ("s3-multipart-threshold large", "such as 64MB"),
         ("s3-multipart-part-size 4MB", "5MB to 5GB"),
@@ -294,10 +322,81 @@ def test_base_that_cannot_be_wrapped_is_refused_at_open_and_closed(text, tmp_pat
         f"path {tmp_path}/Data.fs\n</filestorage>\n{changes}</demostorage>"
     )
     factory = parse(text(base=base))
-    with pytest.raises(ValueError, match="Use a FileStorage or a MappingStorage"):
+    with pytest.raises(ValueError, match="Use a FileStorage, a MappingStorage or a RelStorage"):
         factory.open()
     assert not (tmp_path / "cache").exists()
     FileStorage(str(tmp_path / "Data.fs")).close()  # its lock is free
+
+
+@pytest.mark.parametrize("addressing", ["auto", "tid", "record"])
+@pytest.mark.parametrize("kind", ["filestorage", "relstorage"])
+def test_addressing_that_does_not_fit_is_refused_at_open(text, tmp_path, kind, addressing):
+    """What fits opens; what does not leaves nothing behind, and the message says what to write."""
+    base, right = {
+        "filestorage": (f"<filestorage>\npath {tmp_path}/Data.fs\n</filestorage>", "tid"),
+        "relstorage": (relstorage(tmp_path), "record"),
+    }[kind]
+    factory = parse(f"%import relstorage\n{text(f'addressing {addressing}', base=base)}")
+    if addressing in ("auto", right):
+        storage = factory.open()
+        assert IMVCCStorage.providedBy(storage) == (kind == "relstorage")
+        storage.close()
+    else:
+        with pytest.raises(ValueError, match=f"needs addressing {right}"):
+            factory.open()
+        assert not (tmp_path / "cache").exists()
+    if kind == "filestorage":
+        FileStorage(str(tmp_path / "Data.fs")).close()  # its lock is free
+
+
+def relstorage(directory, *lines, name="database"):
+    """Return the text of a section over SQLite."""
+    (directory / name).mkdir(exist_ok=True)
+    body = "\n".join([*lines, "<sqlite3>", f"data-dir {directory}/{name}", "</sqlite3>"])
+    return f"<relstorage>\n{body}\n</relstorage>"
+
+
+def test_relstorage_with_a_blob_directory_is_refused_with_its_line(text, tmp_path):
+    """While parsing; the message says what to do with it."""
+    base = relstorage(tmp_path, f"blob-dir {tmp_path}/blobs")
+    with pytest.raises(ZConfig.DataConversionError, match="blobdir-source"):
+        parse(f"%import relstorage\n{text(base=base)}")
+    assert os.listdir(tmp_path) == ["database"]
+
+
+@pytest.mark.parametrize(("line", "deleted"), [("", 0), ("gc-grace 1h", 0), ("gc-grace 0", 1)])
+def test_grace_decides_what_a_sweep_spares(text, tmp_path, s3, line, deleted):
+    """By default a day, in which a transaction of another process may need what it uploaded."""
+    lines = [*keys_of(s3), line] if line else keys_of(s3)
+    config = text(*lines, base=relstorage(tmp_path), bucket=s3.bucket)
+    storage = storageFromString(f"%import relstorage\n{config}")
+    orphan = storage.new_oid()
+    storage.new_oid()
+    client = boto3_client(s3)
+    client.put_object(Bucket=s3.bucket, Key=blob_key(orphan, new_stamp()), Body=b"orphan")
+    client.close()
+    with closing(storage):
+        report = storage.sweep()
+    assert (report.listed, report.deleted) == (1, deleted)
+
+
+def test_two_relstorages_do_not_share_a_prefix(text, tmp_path, s3):
+    """Each would pack away what is the other's; one database may be opened twice."""
+    texts = [
+        "%import relstorage\n"
+        + text(
+            *keys_of(s3),
+            base=relstorage(tmp_path, name=name),
+            bucket=s3.bucket,
+            cache=f"cache-{number}",
+        )
+        for number, name in enumerate(("one", "one", "two"))
+    ]
+    opened = [storageFromString(text) for text in texts[:2]]
+    with pytest.raises(ValueError, match="an s3-prefix of its own"):
+        storageFromString(texts[2])
+    for storage in opened:
+        storage.close()
 
 
 def test_filestorage_is_closed_when_the_cache_cannot_be_opened(text, tmp_path):

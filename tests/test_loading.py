@@ -14,18 +14,25 @@ from zodb_s3blobs.interfaces import IntegrityError
 from zodb_s3blobs.interfaces import PermanentS3Error
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.records import read_reference
+from zodb_s3blobs.records import with_reference
 from zodb_s3blobs.sources import BlobDirSource
 
 from .services.location import boto3_client
 from .services.location import new_bucket
+from .storages import BLOB_RECORD
 from .storages import commit_blob
+from .storages import commit_record
 from .storages import Failure
 from .storages import Gate
 from .storages import leftovers
 from .storages import load
+from .storages import make_client
 from .storages import make_storage
+from .storages import open_relstorage
 from .storages import open_storage
 from .storages import start
+from .storages import write_file
 
 
 OID = p64(1)
@@ -268,3 +275,203 @@ class TestOpening:
             assert file.read() == b"1" * 1000
         assert load(storage, OID, first) == b"1" * 1000
         storage.close()
+
+
+STAMP = b"s" * 16
+
+
+class Source:
+    """Has the blobs it was given, and lists what it was asked for."""
+
+    def __init__(self, **blobs):
+        self.blobs = blobs
+        self.asked = []
+
+    def fetch(self, oid, tid, target_path):
+        self.asked.append((oid, tid))
+        data = self.blobs.get(f"oid{int.from_bytes(oid, 'big')}")
+        if data is None:
+            return False
+        with open(target_path, "wb") as file:
+            file.write(data)
+        return True
+
+    def close(self):
+        pass
+
+
+class TestReference:
+    """Where the bytes are: under the record's reference, else under the tid, else in a source."""
+
+    @pytest.fixture(params=["FileStorage", "history", "no history"])
+    def opened(self, request, s3, tmp_path):
+        """Return a function that opens the same storage with an empty cache, and its client."""
+        storages = []
+
+        def opened(**options):
+            base = None
+            if request.param != "FileStorage":
+                base = open_relstorage(tmp_path, keep_history=request.param == "history")
+            for storage in storages:
+                storage.close()
+            storage, client = make_storage(
+                s3, tmp_path, f"cache{len(storages)}", base=base, **options
+            )
+            storages.append(storage)
+            return storage, client
+
+        yield opened
+        storages[-1].close()
+
+    def put(self, location, *names):
+        """Put objects whose bytes tell their keys."""
+        client = make_client(location)
+        for name in names:
+            client.upload_file(write_file(name.encode()), name)
+        client.close()
+
+    def break_bases(self, patch):
+        """Let no base answer."""
+        failure = Failure(OSError("says the test"))
+        patch.setattr(FileStorage, "loadBefore", failure)
+        patch.setattr("relstorage.adapters.sqlite.drivers.Cursor.execute", failure)
+
+    def asked(self, client):
+        """The keys that were asked for."""
+        return [key for name, key in client.calls if name == "download_file"]
+
+    def test_reference_is_asked_first(self, opened, s3):
+        """One request, though there is an object under the tid as well."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        self.put(s3, blob_key(OID, STAMP), blob_key(OID, tid))
+        storage, client = opened()
+        assert load(storage, OID, tid) == blob_key(OID, STAMP).encode()
+        assert client.calls == [("download_file", blob_key(OID, STAMP))]
+
+    def test_tid_is_asked_where_the_reference_is_missing(self, opened, s3):
+        """A copy that kept the records, and wrote blobs as older versions do."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        self.put(s3, blob_key(OID, tid))
+        source = Source(oid1=b"source")
+        storage, client = opened(sources=[source])
+        assert load(storage, OID, tid) == blob_key(OID, tid).encode()
+        assert self.asked(client) == [blob_key(OID, STAMP), blob_key(OID, tid)]
+        assert source.asked == []
+
+    def test_record_without_a_reference_is_found_under_its_tid(self, opened, s3):
+        """One request, as ever."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=BLOB_RECORD)
+        self.put(s3, blob_key(OID, tid))
+        storage, client = opened()
+        assert load(storage, OID, tid) == blob_key(OID, tid).encode()
+        assert client.calls == [("download_file", blob_key(OID, tid))]
+
+    def test_source_is_asked_last(self, opened):
+        """When the bucket has it neither way; by the tid, for sources know no references."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        nothing, source = Source(), Source(oid1=b"source")
+        storage, client = opened(sources=[nothing, source])
+        assert load(storage, OID, tid) == b"source"
+        assert self.asked(client) == [blob_key(OID, STAMP), blob_key(OID, tid)]
+        assert nothing.asked == source.asked == [(OID, tid)]
+
+    def test_blob_that_is_nowhere_is_a_poskeyerror_with_both_keys(self, opened):
+        """An operator can look for either."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        storage, _client = opened(sources=[Source()])
+        with pytest.raises(POSKeyError) as caught:
+            storage.loadBlob(OID, tid)
+        assert f"{blob_key(OID, STAMP)} or {blob_key(OID, tid)}" in str(caught.value)
+        assert leftovers(storage) == []
+
+    @pytest.mark.parametrize("error", [TransientS3Error, PermanentS3Error, IntegrityError])
+    def test_other_error_at_the_reference_is_raised_and_not_asked_past(self, opened, s3, error):
+        """What S3 could not tell is not missing: another object may have other bytes."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        self.put(s3, blob_key(OID, tid))
+        storage, client = opened(sources=[Source()])
+        client.before["download_file"] = Failure(error("says the test"))
+        with pytest.raises(error, match="says the test") as caught:
+            storage.loadBlob(OID, tid)
+        assert (caught.value.oid, caught.value.tid) == (OID, tid)
+        assert self.asked(client) == [blob_key(OID, STAMP)]
+        assert leftovers(storage) == []
+
+    def test_other_error_at_the_tid_is_raised(self, opened):
+        """The reference is missing; whether the tid is, S3 could not tell."""
+        storage, _client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        storage, client = opened(sources=[Source()])
+
+        def fail(key, path):
+            if key == blob_key(OID, tid):
+                raise TransientS3Error("says the test")
+
+        client.before["download_file"] = fail
+        with pytest.raises(TransientS3Error, match="says the test"):
+            storage.loadBlob(OID, tid)
+
+    def test_revision_whose_record_is_gone_is_looked_for_under_its_tid(self, opened, s3):
+        """Packed meanwhile, or never there: the answer is the bucket's."""
+        storage, _client = opened()
+        commit_record(storage, p64(9))
+        self.put(s3, blob_key(OID, p64(5)))
+        storage, client = opened()
+        assert load(storage, OID, p64(5)) == blob_key(OID, p64(5)).encode()
+        with pytest.raises(POSKeyError):
+            storage.loadBlob(p64(2), p64(5))
+        assert self.asked(client) == [blob_key(OID, p64(5)), blob_key(p64(2), p64(5))]
+
+    def test_base_that_fails_to_answer_is_no_poskeyerror(self, opened, s3, monkeypatch):
+        """Without the record nobody knows where the bytes are."""
+        storage, client = opened()
+        tid = commit_record(storage, OID, record=with_reference(BLOB_RECORD, STAMP))
+        self.put(s3, blob_key(OID, tid))
+        storage, client = opened()
+        with monkeypatch.context() as patch:
+            self.break_bases(patch)
+            with pytest.raises(OSError, match="says the test"):
+                storage.loadBlob(OID, tid)
+        assert client.calls == []
+
+    def test_mixed_bucket_is_read_revision_by_revision(self, opened, s3):
+        """Some records have references, others do not; each has its own bytes."""
+        storage, _client = opened()
+        serial, revisions = z64, []
+        for number in range(4):
+            stamp = b"%016d" % number
+            record = with_reference(BLOB_RECORD, stamp) if number % 2 else BLOB_RECORD
+            serial = commit_record(storage, p64(number), z64, record)
+            revisions.append((p64(number), serial, blob_key(p64(number), stamp)))
+            if not number % 2:
+                revisions[-1] = (p64(number), serial, blob_key(p64(number), serial))
+        self.put(s3, *(key for _oid, _serial, key in revisions))
+        storage, client = opened()
+        for oid, serial, key in revisions:
+            assert load(storage, oid, serial) == key.encode()
+        assert client.count("download_file") == 4
+
+    def test_hit_asks_neither_the_base_nor_s3(self, opened, monkeypatch):
+        """What is cached is found by its tid alone."""
+        storage, client = opened()
+        tid = commit_blob(storage, OID, b"bytes")
+        client.calls.clear()
+        with monkeypatch.context() as patch:
+            self.break_bases(patch)
+            assert load(storage, OID, tid) == b"bytes"
+        assert client.calls == []
+
+    def test_committed_blob_is_read_by_others_from_its_reference(self, opened):
+        """One request, whichever base tells where it is."""
+        storage, _client = opened()
+        tid = commit_blob(storage, OID, b"bytes")
+        name = read_reference(storage.loadSerial(OID, tid)) or tid
+        storage, client = opened()
+        assert load(storage, OID, tid) == b"bytes"
+        assert client.calls == [("download_file", blob_key(OID, name))]

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import dataclasses
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -178,7 +179,8 @@ def test_prefix_is_put_before_keys_and_taken_off_again(location, connect, source
     client.upload_file(source(), KEY)
     assert keys(location, "my/site/") == [f"my/site/{KEY}"]
     assert list(client.list_objects("")) == [KEY]
-    assert list(client.list_pages("blobs/")) == [[(KEY, 10)]]
+    ((listed,),) = client.list_pages("blobs/")
+    assert (listed.key, listed.size) == (KEY, 10)
     client.copy_object(KEY, OTHER_KEY)
     client.download_file(OTHER_KEY, str(target))
     assert client.head_object(OTHER_KEY)["ContentLength"] == 10
@@ -394,6 +396,106 @@ def test_listing_keeps_odd_keys_as_they_are(moto, connect):
     assert sorted(client.list_objects("")) == sorted(odd)
     assert client.delete_objects(odd) == {}
     assert keys(moto) == []
+
+
+def test_listing_goes_on_behind_a_key(location, connect):
+    """Whether there is such a key or not; other prefixes stay out of sight."""
+    for key in ("blobs/1/a", "blobs/1/b", "blobs/2/a", "elsewhere/1"):
+        store(location, f"site/{key}", b"")
+    store(location, "site2/blobs/1/c", b"")
+    client = connect(location, prefix="site")
+
+    def behind(after):
+        return [listed.key for page in client.list_pages("blobs/", after) for listed in page]
+
+    assert behind("") == ["blobs/1/a", "blobs/1/b", "blobs/2/a"]
+    assert behind("blobs/1/a") == ["blobs/1/b", "blobs/2/a"]
+    assert behind("blobs/1/aa") == ["blobs/1/b", "blobs/2/a"]
+    assert behind("blobs/2/a") == []
+    assert list(client.list_pages("blobs/", "blobs/2/a")) == []
+
+
+def test_listing_behind_a_key_goes_on_over_pages(rclone, s3, connect, faulty):
+    """The key is named in the first request, the following pages by their token."""
+    expected = sorted(f"blobs/{number:x}/1.blob" for number in range(1205))
+    for key in expected:
+        path = rclone.directory / "buckets" / s3.bucket / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    server, behind = faulty(s3)
+    pages = list(connect(behind).list_pages("blobs/", expected[99]))
+    assert [listed.key for page in pages for listed in page] == expected[100:]
+    assert [len(page) for page in pages] == [1000, 105]
+    assert ["start-after" in request.target for request in server.requests] == [True, False]
+
+
+def test_listed_objects_have_an_age_by_the_servers_clock(location, connect, monkeypatch):
+    """Ours may be wrong, or show another zone; the age is that of the listing."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        before = time.time()
+        store(location, KEY, b"")
+        ((listed,),) = connect(location).list_pages("blobs/")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert before - 2 < listed.modified < time.time() + 2
+    assert before - 2 < listed.listed < time.time() + 2
+    assert 0 <= listed.age < 10
+
+
+def test_age_of_a_listed_object_is_never_negative(moto, connect, faulty):
+    """The listing's date has whole seconds, and a balancer's clock may differ."""
+    store(moto, KEY, b"")
+    server, behind = faulty(moto)
+    set_date(server, "Sat, 01 Jan 2022 00:00:00 GMT")
+    ((listed,),) = connect(behind).list_pages("blobs/")
+    assert listed.listed == 1640995200
+    assert listed.modified > listed.listed
+    assert listed.age == 0
+
+
+def set_date(server, *values):
+    """Let the server's answers have these dates in their heads."""
+
+    def change(request, answer):
+        answer.headers = [header for header in answer.headers if header[0].lower() != "date"]
+        answer.headers += [("Date", value) for value in values]
+
+    server.change = change
+
+
+@pytest.mark.parametrize(
+    "dates", [[], [""], ["soon"], ["Sat, 01 Foo 2022 00:00:00 GMT"], ["2022-01-01"]]
+)
+def test_listing_without_a_usable_date_shows_no_age(moto, connect, faulty, caplog, dates):
+    """Whoever deletes by age finds all of it new; an operator finds the reason in the log."""
+    store(moto, KEY, b"12345")
+    server, behind = faulty(moto)
+    set_date(server, *dates)
+    client = connect(behind)
+    ((listed,),) = client.list_pages("blobs/")
+    assert (listed.key, listed.size, listed.age) == (KEY, 5, 0)
+    assert "without usable dates" in caplog.text
+    assert list(client.list_objects("")) == [KEY]
+
+
+@pytest.mark.parametrize("text", [b"", b"<LastModified>soon</LastModified>"])
+def test_listed_object_without_a_usable_date_shows_no_age(moto, connect, faulty, text):
+    """Nor is the listing an error for those who do not ask for ages."""
+    store(moto, KEY, b"12345")
+    server, behind = faulty(moto)
+
+    def change(request, answer):
+        answer.body = re.sub(rb"<LastModified>.*?</LastModified>", text, answer.body)
+        answer.headers = [item for item in answer.headers if item[0].lower() != "content-length"]
+
+    server.change = change
+    client = connect(behind)
+    ((listed,),) = client.list_pages("blobs/")
+    assert (listed.key, listed.size, listed.age) == (KEY, 5, 0)
+    assert list(client.list_objects("")) == [KEY]
 
 
 def test_truncated_listing_without_a_token_is_an_error(connect, moto, faulty):

@@ -205,6 +205,18 @@ def test_part_that_differs_from_the_signed_digest_is_refused(http, connect, sour
     plain.close()
 
 
+def test_listing_goes_on_behind_a_key_and_tells_ages(http, connect, source):
+    """What a sweep decides by."""
+    client = connect(http)
+    before = time.time()
+    for key in (KEY, OTHER_KEY):
+        client.upload_file(source(), key)
+    ((listed,),) = client.list_pages("blobs/", KEY)
+    assert (listed.key, listed.size) == (OTHER_KEY, 10)
+    assert before - 2 < listed.modified < time.time() + 2
+    assert 0 <= listed.age < 10
+
+
 def test_many_are_deleted_in_one_batch(http, connect, source):
     """Also keys that are not there."""
     client = connect(http)

@@ -1,5 +1,6 @@
 """S3BlobStorage: blobs through connections, undo, restore, foreign transactions, wrappers."""
 
+from contextlib import contextmanager
 import io
 import os
 
@@ -13,28 +14,40 @@ from ZODB.FileStorage import FileStorage
 from ZODB.interfaces import BlobError
 from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IBlobStorageRestoreable
+from ZODB.interfaces import IMVCCStorage
 from ZODB.interfaces import IStorageUndoable
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
 from ZODB.POSException import ReadOnlyError
+from ZODB.POSException import ReadOnlyHistoryError
+from ZODB.POSException import StorageError
 from ZODB.POSException import StorageTransactionError
+from ZODB.tests.hexstorage import HexStorage
 from ZODB.utils import p64
 from ZODB.utils import z64
 
 from zodb_s3blobs.interfaces import IS3BlobStorage
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.keys import parse_key
+from zodb_s3blobs.records import read_reference
+from zodb_s3blobs.records import with_reference
 
 from .services.location import keys
+from .services.location import new_bucket
+from .storages import BLOB_RECORD
 from .storages import commit_blob
 from .storages import commit_record
 from .storages import Failure
 from .storages import filestorage
 from .storages import leftovers
 from .storages import load
+from .storages import make_client
 from .storages import make_storage
 from .storages import open_db
+from .storages import open_relstorage
 from .storages import open_storage
+from .storages import PLAIN_RECORD
 from .storages import read
 from .storages import restore_blob
 from .storages import store_blob
@@ -660,5 +673,513 @@ def test_demostorage_inside_is_refused_when_opened(s3, tmp_path):
         path {tmp_path}/Changes.fs
       </filestorage>
     </demostorage>"""
-    with pytest.raises(ValueError, match="FileStorage or a MappingStorage"):
+    with pytest.raises(ValueError, match="a MappingStorage or a RelStorage"):
         open_storage(s3, tmp_path, base=base)
+
+
+STAMP = b"s" * 16
+
+
+@pytest.fixture(params=[True, False], ids=["history", "no history"])
+def keep_history(request):
+    return request.param
+
+
+@pytest.fixture
+def relstorage(s3, tmp_path, keep_history):
+    """A storage over a RelStorage."""
+    base = open_relstorage(tmp_path, keep_history=keep_history)
+    storage, _client = make_storage(s3, tmp_path, base=base)
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def with_history(s3, tmp_path):
+    """A database over a RelStorage that keeps old revisions."""
+    storage, _client = make_storage(s3, tmp_path, base=open_relstorage(tmp_path))
+    db = DB(storage)
+    yield db
+    db.close()
+
+
+@contextmanager
+def instance_of(storage):
+    """Context manager: an instance with a view that begins now."""
+    instance = storage.new_instance()
+    try:
+        yield instance
+    finally:
+        instance.release()
+
+
+def record_now(storage, oid):
+    """Return (current record, its tid), as a view that begins now shows them."""
+    with instance_of(storage) as instance:
+        return instance.load(oid)
+
+
+def assert_in_bucket(s3, tmp_path, storage, revisions):
+    """The bytes of (oid, tid, bytes) are where the record says, or else under the tid."""
+    with instance_of(storage) as instance:
+        records = [instance.loadSerial(oid, tid) for oid, tid, _data in revisions]
+    client = make_client(s3)
+    for record, (oid, tid, data) in zip(records, revisions, strict=True):
+        client.download_file(blob_key(oid, read_reference(record) or tid), f"{tmp_path}/probe")
+        with open(f"{tmp_path}/probe", "rb") as file:
+            assert file.read() == data
+    client.close()
+
+
+class TestInstances:
+    def test_relstorage_inside_makes_it_an_mvcc_storage(self, relstorage, keep_history):
+        """A DB that took it for another would never see what other processes commit."""
+        with instance_of(relstorage) as instance:
+            for storage in (relstorage, instance):
+                assert IMVCCStorage.providedBy(storage)
+                assert IS3BlobStorage.providedBy(storage)
+                assert IBlobStorageRestoreable.providedBy(storage)
+                assert IStorageUndoable.providedBy(storage) == keep_history
+                assert hasattr(storage, "undo") == keep_history
+            assert type(instance) is type(relstorage)
+
+    @pytest.mark.parametrize("base", [FileStorage, MappingStorage])
+    def test_other_storages_inside_make_it_none(self, s3, tmp_path, base):
+        """They have no instances to offer: DB adapts them itself."""
+        inside = base(f"{tmp_path}/Data.fs")
+        storage, _client = make_storage(s3, tmp_path, base=inside)
+        assert not IMVCCStorage.providedBy(storage)
+        for name in ("new_instance", "before_instance", "poll_invalidations"):
+            assert not hasattr(storage, name), name
+        storage.close()
+
+    def test_connection_sees_what_another_one_commits(self, with_history):
+        """Each has a view of its own, which moves when its transaction begins."""
+        manager = transaction.TransactionManager()
+        with with_history.transaction() as conn:
+            conn.root()["blob"] = Blob(b"0")
+        reader = with_history.open(manager)
+        assert read(reader.root()["blob"]) == b"0"
+        with with_history.transaction() as conn, conn.root()["blob"].open("w") as file:
+            file.write(b"1")
+        assert read(reader.root()["blob"]) == b"0"
+        manager.begin()
+        assert read(reader.root()["blob"]) == b"1"
+        reader.close()
+
+    def test_instances_have_transactions_of_their_own(self, relstorage):
+        """What one stages the others do not see, nor does its abort concern them."""
+        with instance_of(relstorage) as one, instance_of(relstorage) as other:
+            txns = {}
+            for number, instance in enumerate((one, other)):
+                txns[instance] = begun(instance)
+                store_blob(instance, txns[instance], p64(number), b"%d" % number)
+            assert load(one, p64(0), z64) == b"0"
+            for instance, oid in ((one, p64(1)), (other, p64(0)), (relstorage, p64(0))):
+                with pytest.raises(POSKeyError):
+                    instance.loadBlob(oid, z64)
+            with pytest.raises(StorageTransactionError):
+                store_blob(one, txns[other], p64(2), b"2")
+            one.tpc_abort(txns[one])
+            assert load(other, p64(1), z64) == b"1"
+            other.tpc_vote(txns[other])
+            tid = other.tpc_finish(txns[other])
+            assert load(other, p64(1), tid) == b"1"
+
+    def test_released_instance_leaves_the_others_open(self, s3, tmp_path, keep_history):
+        """Client, cache and pool belong to the first, which closes them."""
+        base = open_relstorage(tmp_path, keep_history=keep_history)
+        storage, client = make_storage(s3, tmp_path, base=base)
+        for end in ("release", "release", "close"):
+            instance = storage.new_instance()
+            tid = commit_blob(instance, p64(len(client.calls)), b"bytes")
+            getattr(instance, end)()
+            assert client.count("close") == 0
+            assert storage.is_open
+            assert load(storage, parse_key(keys(s3)[-1])[0], tid) == b"bytes"
+        storage.close()
+        assert client.count("close") == 1
+        assert not storage.is_open
+
+    def test_closing_the_first_closes_the_rest(self, relstorage):
+        """Closing again changes nothing."""
+        instance = relstorage.new_instance()
+        tid = commit_blob(instance, OID, b"bytes")
+        relstorage.close()
+        relstorage.close()
+        assert load(instance, OID, tid) == b"bytes"  # what is cached needs nobody
+
+    def test_instances_share_temporary_directory_and_cache(self, relstorage):
+        """What one has loaded no other loads again."""
+        with instance_of(relstorage) as one, instance_of(relstorage) as other:
+            tid = commit_blob(one, OID, b"bytes")
+            assert one.temporaryDirectory() == other.temporaryDirectory()
+            assert other.loadBlob(OID, tid) == one.loadBlob(OID, tid)
+
+    def test_historical_instance_reads_the_bytes_of_then(self, s3, tmp_path):
+        """From an empty cache, by the reference that the record of then has."""
+        storage, _client = make_storage(s3, tmp_path, base=open_relstorage(tmp_path))
+        tids = [commit_blob(storage, OID, b"0")]
+        tids.append(commit_blob(storage, OID, b"1", tids[0]))
+        storage.close()
+        storage, _client = make_storage(s3, tmp_path, "empty", base=open_relstorage(tmp_path))
+        before = storage.before_instance(tids[1])
+        _data, serial = before.load(OID)
+        assert serial == tids[0]
+        assert load(before, OID, serial) == b"0"
+        with before.openCommittedBlobFile(OID, serial) as file:
+            assert file.read() == b"0"
+        assert before.isReadOnly()
+        before.release()
+        assert load(storage, OID, tids[1]) == b"1"
+        storage.close()
+
+    def test_historical_instance_writes_nothing(self, s3, tmp_path):
+        """Neither a blob, nor to the bucket."""
+        storage, _client = make_storage(s3, tmp_path, base=open_relstorage(tmp_path))
+        tid = commit_blob(storage, OID, b"0")
+        found = keys(s3)
+        before = storage.before_instance(p64(2**62))
+        with pytest.raises(ReadOnlyHistoryError):
+            commit_blob(before, OID, b"1", tid)
+        with pytest.raises(ReadOnlyError):
+            before.sweep()
+        with pytest.raises(ReadOnlyError):
+            before.pack(0, None)
+        before.release()
+        assert keys(s3) == found
+        storage.close()
+
+    def test_historical_connections_show_each_state(self, with_history):
+        """DB.open(at=), over a base with instances."""
+        tids = []
+        for number in (b"0", b"1", b"2"):
+            with with_history.transaction() as conn:
+                blob = conn.root()["blob"] = conn.root().get("blob") or Blob()
+                with blob.open("w") as file:
+                    file.write(number)
+            tids.append(record_now(with_history.storage, blob._p_oid)[1])
+        for number, tid in zip((b"0", b"1", b"2"), tids, strict=True):
+            conn = with_history.open(at=tid)
+            assert read(conn.root()["blob"]) == number
+            conn.close()
+
+
+class TestByRecord:
+    """A base that tells the tid when all is over: records carry the keys."""
+
+    def test_record_refers_to_the_object_in_the_bucket(self, relstorage, s3):
+        """Oid and stamp make the key; the rest of the record is as it was."""
+        tid = commit_blob(relstorage, OID, b"bytes")
+        (key,) = keys(s3)
+        record, serial = record_now(relstorage, OID)
+        assert serial == tid
+        assert parse_key(key) == (OID, read_reference(record))
+        assert record == with_reference(BLOB_RECORD, read_reference(record))
+
+    def test_running_transactions_new_blobs_are_read_by_the_zero_serial(self, relstorage):
+        """As whoever creates an object does; one that exists has no zero serial."""
+        first = commit_blob(relstorage, OID, b"first")
+        txn = begun(relstorage)
+        store_blob(relstorage, txn, p64(2), b"new")
+        store_blob(relstorage, txn, OID, b"second", first)
+        assert load(relstorage, p64(2), z64) == b"new"
+        assert load(relstorage, OID, first) == b"first"
+        with pytest.raises(POSKeyError):
+            relstorage.loadBlob(OID, z64)
+        relstorage.tpc_vote(txn)
+        tid = relstorage.tpc_finish(txn)
+        assert load(relstorage, p64(2), tid) == b"new"
+        with pytest.raises(POSKeyError):
+            relstorage.loadBlob(p64(2), z64)
+
+    def test_record_that_is_no_blobs_is_refused(self, relstorage, s3):
+        """It cannot say where its bytes are."""
+        txn = begun(relstorage)
+        with pytest.raises(StorageError, match=r"0x1 cannot be stored.*not a ZODB\.blob\.Blob's"):
+            store_blob(relstorage, txn, OID, b"bytes", record=PLAIN_RECORD)
+        relstorage.tpc_abort(txn)
+        assert keys(s3) == []
+
+    def test_reference_that_was_brought_along_is_replaced(self, relstorage, s3):
+        """The bytes are stored here, so that the record must not refer to elsewhere."""
+        txn = begun(relstorage)
+        store_blob(relstorage, txn, OID, b"bytes", record=with_reference(BLOB_RECORD, STAMP))
+        relstorage.tpc_vote(txn)
+        tid = relstorage.tpc_finish(txn)
+        stamp = read_reference(record_now(relstorage, OID)[0])
+        assert stamp != STAMP
+        assert keys(s3) == [blob_key(OID, stamp)]
+        assert load(relstorage, OID, tid) == b"bytes"
+
+    def test_undo_and_redo_need_no_copy(self, with_history, s3):
+        """The reference travels with the record."""
+        for number in (b"0", b"1"):
+            with with_history.transaction() as conn:
+                blob = conn.root()["blob"] = conn.root().get("blob") or Blob()
+                with blob.open("w") as file:
+                    file.write(number)
+        found = keys(s3)
+        for expected in (b"0", b"1", b"0"):
+            undo(with_history, 0)
+            with with_history.transaction() as conn:
+                assert read(conn.root()["blob"]) == expected
+        assert keys(s3) == found
+
+    def test_undone_creation_comes_back_by_its_redo(self, with_history):
+        """Nothing to copy, neither way."""
+        with with_history.transaction() as conn:
+            conn.root()["blob"] = Blob(b"created")
+        undo(with_history, 0)
+        with with_history.transaction() as conn:
+            assert "blob" not in conn.root()
+        undo(with_history, 0)
+        with with_history.transaction() as conn:
+            assert read(conn.root()["blob"]) == b"created"
+
+    def test_exported_blob_gets_a_key_of_its_own(self, relstorage, s3):
+        """An import into the same database, or into another one over a RelStorage."""
+        db = DB(relstorage)
+        with db.transaction() as conn:
+            conn.root()["blob"] = Blob(b"travels")
+        file = io.BytesIO()
+        with db.transaction() as conn:
+            conn.exportFile(conn.root()["blob"]._p_oid, file)
+        file.seek(0)
+        with db.transaction() as conn:
+            conn.root()["again"] = conn.importFile(file)
+        with db.transaction() as conn:
+            oids = [conn.root()[name]._p_oid for name in ("blob", "again")]
+            assert read(conn.root()["again"]) == b"travels"
+        names = [read_reference(record_now(relstorage, oid)[0]) for oid in oids]
+        assert keys(s3) == sorted(map(blob_key, oids, names))
+        assert names[0] != names[1]
+
+
+class TestImport:
+    def test_reference_is_taken_out_where_the_tid_is_known(self, s3, tmp_path):
+        """Else a read would look for the object of another database first, for ever."""
+        storage, client = make_storage(s3, tmp_path)
+        txn = begun(storage)
+        store_blob(storage, txn, OID, b"bytes", record=with_reference(BLOB_RECORD, STAMP))
+        storage.tpc_vote(txn)
+        tid = storage.tpc_finish(txn)
+        assert storage.load(OID)[0] == BLOB_RECORD
+        assert keys(s3) == [blob_key(OID, tid)]
+        storage.close()
+        storage, client = make_storage(s3, tmp_path, "empty")
+        assert load(storage, OID, tid) == b"bytes"
+        assert client.calls == [("download_file", blob_key(OID, tid))]
+        storage.close()
+
+    def test_tree_of_a_relstorage_is_imported_into_a_filestorage(self, with_history, db, s3):
+        """By Zope's export and import; nothing of where it came from is left."""
+        with with_history.transaction() as conn:
+            conn.root()["blob"] = Blob(b"travels")
+        file = io.BytesIO()
+        with with_history.transaction() as conn:
+            conn.exportFile(conn.root()["blob"]._p_oid, file)
+        file.seek(0)
+        with db.transaction() as conn:
+            conn.root()["blob"] = conn.importFile(file)
+        with db.transaction() as conn:
+            blob = conn.root()["blob"]
+            assert read(blob) == b"travels"
+            record, tid = db.storage.load(blob._p_oid)
+            assert read_reference(record) is None
+            assert blob_key(blob._p_oid, tid) in keys(s3)
+
+
+class TestRestoredRecords:
+    @pytest.mark.parametrize("kind", ["FileStorage", "history", "no history"])
+    @pytest.mark.parametrize(
+        ("record", "name"),
+        [
+            (with_reference(BLOB_RECORD, STAMP), STAMP),
+            (BLOB_RECORD, p64(77)),
+            (BLOB_RECORD + b"after it", p64(77)),
+        ],
+        ids=["reference", "none", "odd"],
+    )
+    def test_record_stays_as_it_is_and_tells_where_the_object_goes(
+        self, s3, tmp_path, kind, record, name
+    ):
+        """Byte by byte, over every base: the source of the copy may be in use again."""
+        base = None
+        if kind != "FileStorage":
+            base = open_relstorage(tmp_path, keep_history=kind == "history")
+        storage, _client = make_storage(s3, tmp_path, base=base)
+        txn = TransactionMetaData()
+        storage.tpc_begin(txn, p64(77), " ")
+        restore_blob(storage, txn, OID, p64(77), b"restored", record)
+        storage.tpc_vote(txn)
+        assert storage.tpc_finish(txn) == p64(77)
+        assert keys(s3) == [blob_key(OID, name)]
+        assert storage.loadSerial(OID, p64(77)) == record
+        assert load(storage, OID, p64(77)) == b"restored"
+        storage.close()
+        if kind != "FileStorage":
+            base = open_relstorage(tmp_path, keep_history=kind == "history")
+        storage, _client = make_storage(s3, tmp_path, "empty", base=base)
+        assert load(storage, OID, p64(77)) == b"restored"
+        storage.close()
+
+    def test_reader_while_a_transaction_is_restored_is_not_disturbed(self, relstorage):
+        """What is there is read, what is not is a POSKeyError, as at any other time."""
+        tid = commit_blob(relstorage, p64(2), b"there")
+        os.remove(relstorage.loadBlob(p64(2), tid))
+        txn = TransactionMetaData()
+        relstorage.tpc_begin(txn, p64(77), " ")
+        restore_blob(relstorage, txn, OID, p64(77), b"restored")
+        assert load(relstorage, p64(2), tid) == b"there"
+        with pytest.raises(POSKeyError):
+            relstorage.loadBlob(p64(3), tid)
+        assert load(relstorage, OID, p64(77)) == b"restored"
+        relstorage.tpc_abort(txn)
+
+    @pytest.fixture
+    def moved(self, s3, tmp_path, with_history):
+        """(database over a RelStorage, its blob) that came from a FileStorage: 0, then 1."""
+        old = databaseFromString(
+            f"<zodb>\n{filestorage(tmp_path, blob_dir=tmp_path / 'old')}\n</zodb>"
+        )
+        for number in (b"0", b"1"):
+            with old.transaction() as conn:
+                blob = conn.root()["blob"] = conn.root().get("blob") or Blob()
+                with blob.open("w") as file:
+                    file.write(number)
+        storage, _client = make_storage(
+            s3, tmp_path, "moved", base=open_relstorage(tmp_path, "moved")
+        )
+        storage.copyTransactionsFrom(old.storage)
+        old.close()
+        db = DB(storage)
+        with db.transaction() as conn:
+            blob = conn.root()["blob"]
+        yield db, blob._p_oid
+        db.close()
+
+    def check(self, db, s3, tmp_path, expected):
+        """The blob has these bytes, in an empty cache too."""
+        with db.transaction() as conn:
+            blob = conn.root()["blob"]
+            assert read(blob) == expected
+            oid, tid = blob._p_oid, blob._p_serial
+        assert_in_bucket(s3, tmp_path, db.storage, [(oid, tid, expected)])
+        return record_now(db.storage, oid)[0]
+
+    def test_undo_of_revisions_without_references_copies_them(self, moved, s3, tmp_path):
+        """To the key of the undo's tid, which RelStorage knows by then; as often as one likes."""
+        db, _oid = moved
+        assert [len(parse_key(key)[1]) for key in keys(s3)] == [8, 8]
+        for count, expected in enumerate((b"0", b"1", b"0"), 3):
+            undo(db, 0)
+            assert read_reference(self.check(db, s3, tmp_path, expected)) is None
+            assert len(keys(s3)) == count
+
+    def test_undo_of_a_first_change_after_the_move_copies(self, moved, s3, tmp_path):
+        """From a record with a reference to one without; its redo copies nothing."""
+        db, _oid = moved
+        with db.transaction() as conn, conn.root()["blob"].open("w") as file:
+            file.write(b"2")
+        undo(db, 0)
+        assert read_reference(self.check(db, s3, tmp_path, b"1")) is None
+        found = keys(s3)
+        undo(db, 0)
+        assert read_reference(self.check(db, s3, tmp_path, b"2")) is not None
+        assert keys(s3) == found
+
+    def test_undo_that_is_aborted_deletes_its_copies(self, moved, s3):
+        """And none of what it copied from."""
+        db, _oid = moved
+        found = keys(s3)
+        manager = transaction.TransactionManager()
+        manager.begin()
+        db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
+        manager.get().join(RefusingManager())
+        with pytest.raises(OSError, match="says the test"):
+            manager.commit()
+        manager.abort()
+        assert keys(s3) == found
+
+    @pytest.mark.parametrize("around", [None, HexStorage])
+    def test_copy_of_a_relstorage_into_another_keeps_blobs_and_records(
+        self, s3, tmp_path, keep_history, around
+    ):
+        """Also where a wrapper is asked, to which RelStorage gives a copyTransactionsFrom."""
+        source, _client = make_storage(
+            s3, tmp_path, "source", base=open_relstorage(tmp_path, "source")
+        )
+        first = commit_blob(source, OID, b"0")
+        revisions = [(OID, first, b"0"), (OID, commit_blob(source, OID, b"1", first), b"1")]
+        location = new_bucket(s3)
+        base = open_relstorage(tmp_path, "target", keep_history=keep_history)
+        target, _client = make_storage(location, tmp_path, "target", base=base)
+        # Of a class of its own: a RelStorage changes the class around it.
+        outer = type("Wrapper", (around,), {})(target) if around else target
+        outer.copyTransactionsFrom(source)
+        if not keep_history:
+            del revisions[0]
+        for oid, tid, data in revisions:
+            assert outer.loadSerial(oid, tid) == source.loadSerial(oid, tid)
+            assert load(outer, oid, tid) == data
+        target.close()
+        base = open_relstorage(tmp_path, "target", keep_history=keep_history)
+        target, _client = make_storage(location, tmp_path, "empty", base=base)
+        outer = type("Wrapper", (around,), {})(target) if around else target
+        for oid, tid, data in revisions:
+            assert load(outer, oid, tid) == data
+        source.close()
+        target.close()
+
+
+class RefusingManager:
+    """Takes part in a transaction after ZODB, and refuses to commit."""
+
+    transaction_manager = None
+
+    def sortKey(self):
+        return "~"
+
+    def tpc_vote(self, transaction):
+        raise OSError("says the test")
+
+    def _nothing(self, transaction):
+        pass
+
+    commit = abort = tpc_begin = tpc_finish = tpc_abort = _nothing
+
+
+@pytest.mark.parametrize("place", ["around", "inside", "around and inside"])
+def test_references_in_transformed_records_are_found(s3, tmp_path, keep_history, place):
+    """Wrappers around ours, or inside, over a RelStorage: neither reads nor packs lose a blob."""
+    (tmp_path / "database").mkdir()
+    wrapped = "<zlibstorage>\n{}\n</zlibstorage>"
+    base = (
+        f"<relstorage>\nkeep-history {str(keep_history).lower()}\n"
+        f"<sqlite3>\ndata-dir {tmp_path}/database\n</sqlite3>\n</relstorage>"
+    )
+    options = {
+        "imports": ["zc.zlibstorage", "relstorage"],
+        "around": wrapped if "around" in place else "{}",
+        "base": wrapped.format(base) if "inside" in place else base,
+        "gc_grace": 0,
+    }
+    db = open_db(s3, tmp_path, **options)
+    for number in range(3):
+        with db.transaction() as conn:
+            # Long enough to be worth compressing
+            conn.root()["text"] = "long " * 1000
+            blob = conn.root()["blob"] = conn.root().get("blob") or Blob()
+            with blob.open("w") as file:
+                file.write(b"%d" % number)
+    if keep_history:
+        undo(db, 0)
+    expected = b"1" if keep_history else b"2"
+    db.pack()
+    assert len(keys(s3)) == 1
+    db.close()
+    db = open_db(s3, tmp_path, cache="empty", **options)
+    with db.transaction() as conn:
+        assert read(conn.root()["blob"]) == expected
+    db.close()

@@ -1,77 +1,154 @@
 """What differs between base storages: when a tid is known, which revisions survive."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from typing import NamedTuple
 
 from ZODB.FileStorage.FileStorage import FileStorage
 from ZODB.interfaces import IBlobStorage
-from ZODB.interfaces import IStorageWrapper
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
+from ZODB.utils import u64
+
+from .basecontract import Base
+from .basecontract import innermost
+from .basecontract import Read
+from .basecontract import Revisions
+from .basecontract import Snapshot
+from .basecontract import Source
+from .basecontract import Survivors
+from .basecontract import survivors_among
+from .basecontract import tid_of
+from .basecontract import Undone
+from .basecontract import Wanted
+from .keys import TID_SIZE
+from .relstoragebase import RelStorageBase
 
 
 # More revisions than any object has.
 _ALL = 10**6
 
 
-class Survivors(NamedTuple):
-    """What a base says about one oid."""
+def base_of(storage: Any, addressing: str = "auto") -> Base:
+    """Return what is known about a storage.
 
-    #: those of the tids asked about that are revisions of a blob
-    tids: set[bytes]
-    #: the oldest revision, where the oid belongs to an object that is no blob
-    other_since: bytes | None
+    :param str addressing: "auto", or "tid" or "record" where it must be of that kind.
+    :raises ValueError: when it cannot be the base of ours.
+    """
+    if IBlobStorage.providedBy(storage):
+        raise ValueError(
+            f"{storage!r} has a blob directory of its own, where undo would look for files that"
+            " are in S3. Use a FileStorage, a MappingStorage or a RelStorage without blob-dir, and"
+            " name the directory, where there is one, as a <blobdir-source>"
+        )
+    inside = innermost(storage)
+    base: Base | None = None
+    if isinstance(inside, (FileStorage, MappingStorage)):
+        base = TidBase(storage)
+    elif _is_relstorage(inside):
+        base = RelStorageBase(storage)
+    if base is not None:
+        mode = "tid" if base.tells_tid else "record"
+        if addressing not in ("auto", mode):
+            raise ValueError(
+                f"{storage!r} needs addressing {mode}, which is what auto means for it"
+            )
+        return base
+    raise ValueError(
+        f"{storage!r} cannot be wrapped: it does not tell the tid of a transaction in time, and"
+        " which revisions survive its pack is not known. Use a FileStorage, a MappingStorage or a"
+        " RelStorage"
+    )
+
+
+def _is_relstorage(storage: Any) -> bool:
+    # By name: it need not be installed.
+    names = [f"{cls.__module__}.{cls.__name__}" for cls in type(storage).__mro__]
+    return "relstorage.storage.RelStorage" in names
 
 
 class TidBase:
-    """A base that reveals the tid of a transaction as soon as it has begun.
+    """A FileStorage or MappingStorage, perhaps inside wrappers that keep it as ``base``."""
 
-    :param base: a FileStorage or MappingStorage, perhaps inside wrappers that
-        keep what they wrap as ``base``, as zc.zlibstorage does.
-    :raises ValueError: for any other storage, or one with blobs of its own.
-    """
+    tells_tid = True
+    keeps_history = True
+    hides_undo = False  # a pack waits until an undo has ended
 
     def __init__(self, base: Any) -> None:
-        if IBlobStorage.providedBy(base):
-            raise ValueError(
-                f"{base!r} has a blob directory of its own, where undo would look for files that"
-                " are in S3. Use a FileStorage or a MappingStorage without blob-dir, and name the"
-                " directory, where there is one, as a <blobdir-source>"
-            )
         self._base = base
-        innermost = base
-        # A DemoStorage has a base, too; only a wrapper of records passes transactions through.
-        while IStorageWrapper.providedBy(innermost) and hasattr(innermost, "base"):
-            innermost = innermost.base
-        if not isinstance(innermost, (FileStorage, MappingStorage)):
-            raise ValueError(
-                f"{base!r} cannot be wrapped: its transactions do not tell their tid in time."
-                " Use a FileStorage or a MappingStorage"
-            )
-        self._innermost = innermost
+        self._innermost = innermost(base)
 
-    def tid(self) -> bytes:
-        """Return the tid of the transaction that has begun."""
+    def of(self, instance: Any) -> Base:
+        return TidBase(instance)
+
+    def database(self) -> str:
+        name: str = self._base.sortKey()
+        return name
+
+    def tid(self) -> bytes | None:
         tid: bytes = self._innermost._tid
         return tid
 
+    def record(self, oid: bytes, serial: bytes) -> bytes | None:
+        try:
+            found = self._base.loadBefore(oid, p64(u64(serial) + 1))
+        except POSKeyError:
+            return None
+        return found[0] if found and found[1] == serial else None
+
+    def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
+        result = self._base.undo(transaction_id, transaction)
+        sources = self._before(result[1], tid_of(transaction_id))
+        return Undone(result, self._innermost._tid, sources)
+
+    def _before(self, oids: Iterable[bytes], tid: bytes) -> Iterator[Source]:
+        for oid in oids:
+            try:
+                found = self._base.loadBefore(oid, tid)
+            except POSKeyError:
+                found = None  # the transaction brought the object into being again
+            data, serial = found[:2] if found else (None, b"")
+            yield Source(oid, serial, data)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        yield self
+
+    @contextmanager
+    def writer(self) -> Iterator[Any]:
+        yield self._base
+
+    def settle(self) -> None:
+        pass
+
+    def running(self) -> Any:
+        return self._base.tpc_transaction()
+
+    def copied(self) -> None:
+        pass
+
+    def last_transaction(self) -> bytes:
+        tid: bytes = self._base.lastTransaction()
+        return tid
+
     def highest_oid(self) -> bytes:
-        """Return an oid that is at least as high as any this base has stored."""
         if isinstance(self._innermost, MappingStorage):
             return max([p64(self._innermost._oid), *self._innermost._data])
         highest: bytes = self._innermost._oid
         return highest
 
-    def survivors(
-        self, oid: bytes, tids: set[bytes], is_blob_record: Callable[[bytes], bool]
-    ) -> Survivors:
-        """Ask the base which revisions of an object still need their blobs."""
-        try:
-            history = self._base.history(oid, size=_ALL)
-        except POSKeyError:
-            return Survivors(set(), None)
+    def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
+        for oid, names in wanted.items():
+            if any(len(name) != TID_SIZE for name in names):
+                yield oid, survivors_among(self._revisions(oid), names, read)
+            else:
+                yield oid, self._survivors_by_tid(oid, set(names), read)
+
+    def _survivors_by_tid(self, oid: bytes, tids: set[bytes], read: Read) -> Survivors:
+        """Tell with as few loads as possible: one, where nothing was undone."""
+        history = self._history(oid)
         alive: set[bytes] = set()
         seen_data = False
         # Those asked about first; the others only show what kind of object this is.
@@ -86,9 +163,30 @@ class TidBase:
                     data = self._base.loadSerial(oid, tid)
                 except POSKeyError:
                     continue  # an undone creation
-                if not is_blob_record(data):
-                    return Survivors(alive, min(entry["tid"] for entry in history))
+                if not read(data).is_blob:
+                    oldest = min(entry["tid"] for entry in history)
+                    return Survivors(alive, set(), other_since=oldest)
                 seen_data = True
             if tid in tids:
                 alive.add(tid)
-        return Survivors(alive, None)
+        return Survivors(alive, set())
+
+    def revisions(self, oids: Iterable[bytes]) -> Iterator[tuple[bytes, Revisions]]:
+        for oid in oids:
+            yield oid, self._revisions(oid)
+
+    def _revisions(self, oid: bytes) -> Revisions:
+        found: Revisions = {}
+        for entry in self._history(oid):
+            try:
+                found[entry["tid"]] = self._base.loadSerial(oid, entry["tid"])
+            except POSKeyError:
+                found[entry["tid"]] = None
+        return found
+
+    def _history(self, oid: bytes) -> list[dict[str, Any]]:
+        try:
+            history: list[dict[str, Any]] = self._base.history(oid, size=_ALL)
+        except POSKeyError:
+            return []
+        return history

@@ -96,13 +96,16 @@ class S3BlobCache:
         return os.path.join(self.temp_dir, f"blob-{unique}.tmp")
 
     def reserve(self, entries: Iterable[tuple[bytes, bytes, int]]) -> None:
-        """Make room for (oid, tid, size) files that are about to be put."""
+        """Make room for (oid, tid, size) files that are about to be put.
+
+        While the tid is not known, any 8 bytes that nobody else uses stand for it.
+        """
         with self._index.writing() as rows:
             for oid, tid, size in entries:
                 self._reserve(rows, _name(oid, tid), size)
 
     def release(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
-        """Give back the room of (oid, tid) files that will not be put."""
+        """Give back the room of files that will not be put, named as it was reserved."""
         with self._index.writing() as rows:
             for oid, tid in entries:
                 if not os.path.exists(self.path(oid, tid)):
@@ -120,12 +123,24 @@ class S3BlobCache:
                 if _name(oid, tid) in rows:
                     return self._place(oid, tid, source_path)
 
-    def put_many(self, entries: Sequence[tuple[bytes, bytes, str]]) -> None:
-        """Move files in whose room is reserved; those that lost it are deleted instead."""
-        near = [(oid, tid, self._bring_near(path)) for oid, tid, path in entries]
+    def put_many(self, entries: Sequence[tuple[bytes, bytes, str, bytes]]) -> None:
+        """Move files in whose room is reserved; those that lost it are deleted instead.
+
+        :param entries: (oid, tid, source_path, what stood for the tid in `reserve`).
+        """
+        near = [(oid, tid, self._bring_near(path), name) for oid, tid, path, name in entries]
+        lost: set[str] = set()
+        if any(name != tid for _oid, tid, _path, name in near):
+            # Committed before the files come, lest a crash leave one without a row.
+            with self._index.writing() as rows:
+                for oid, tid, _path, name in near:
+                    if _name(oid, name) not in rows:
+                        lost.add(_name(oid, tid))
+                    elif name != tid:
+                        rows.rename(_name(oid, name), _name(oid, tid))
         with self._index.writing() as rows:
-            for oid, tid, path in near:
-                if _name(oid, tid) in rows:
+            for oid, tid, path, _reserved in near:
+                if _name(oid, tid) in rows and _name(oid, tid) not in lost:
                     self._place(oid, tid, path)
                 else:
                     os.remove(path)

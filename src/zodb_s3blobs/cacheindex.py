@@ -70,6 +70,11 @@ class IndexRows:
     def remove(self, name: str) -> None:
         self._execute("DELETE FROM file WHERE name = ?", (name,))
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a row another name, in the place of one that has that name already."""
+        self.remove(new_name)
+        self._execute("UPDATE file SET name = ? WHERE name = ?", (new_name, name))
+
     def mark(self, name: str, used: float) -> None:
         self._execute("UPDATE file SET used = ? WHERE name = ?", (used, name))
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from enum import Enum
 import logging
 import os
-from typing import Any
 
 from ZODB.blob import rename_or_copy_blob
 from ZODB.POSException import StorageTransactionError
@@ -20,10 +19,11 @@ from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 from .keys import blob_key
-from .openkeys import OpenKeys
-from .uploads import Upload
-from .uploads import UploadPool
-from .uploads import Work
+from .keys import new_stamp
+from .staged import BlobServices
+from .staged import remove_quietly
+from .staged import StagedBlob
+from .staged import StoreRecord
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,11 @@ ABORT_TIMEOUT = 10.0
 # Seconds and bytes a second: a vote waits as long as retries may take, and the slowest useful rate.
 UPLOAD_PATIENCE = 1800.0
 SLOWEST_RATE = 128 << 10
+# Parts of the grace period. The base waits for its own locks after the last of them.
+RENEWAL = 0.5
+LATEST_FINISH = 0.75
+# How often a vote uploads again what grew too old while other blobs were uploaded.
+RENEWALS = 3
 
 
 class Phase(Enum):
@@ -45,57 +50,26 @@ class Phase(Enum):
     ENDED = "ended"
 
 
-class _Blob:
-    """One blob of a transaction; path is None where S3 copies it."""
-
-    def __init__(
-        self, oid: bytes, tid: bytes, path: str | None, is_new: bool, is_ours: bool
-    ) -> None:
-        self.oid = oid
-        self.tid = tid
-        self.path = path
-        self.is_new = is_new
-        #: whether the object may be deleted on abort
-        self.is_ours = is_ours
-        self.upload: Upload | None = None
-
-
-class BlobServices:
-    """What transactions share: where staged files go, how they are uploaded, who may delete."""
-
-    def __init__(
-        self,
-        client: Any,
-        cache: Any,
-        loader: Any,
-        pool: UploadPool,
-        open_keys: OpenKeys,
-        temp_dir: str,
-    ) -> None:
-        self.client = client
-        self.cache = cache
-        self.loader = loader
-        self.pool = pool
-        self.open_keys = open_keys
-        self.temp_dir = temp_dir
-
-
 class TransactionBlobs:
     """Belongs to one transaction; only `find` may be called by other threads than its own.
 
-    :param bytes tid: the transaction's own.
+    :param bytes tid: the transaction's own, None where only its end tells.
     :param bool owns_keys: whether an abort may delete what was uploaded. False
         where the tid was given from outside: the object may be another's.
     """
 
-    def __init__(self, services: BlobServices, tid: bytes, owns_keys: bool) -> None:
+    def __init__(self, services: BlobServices, tid: bytes | None, owns_keys: bool) -> None:
         self.tid = tid
         self.phase = Phase.OPEN
         self._services = services
         self._owns_keys = owns_keys
-        self._blobs: dict[str, _Blob] = {}
+        # By (oid, tid)
+        self._blobs: dict[tuple[bytes, bytes | None], StagedBlob] = {}
         # Keys whose object may exist although the transaction no longer wants it.
         self._dropped: set[str] = set()
+
+    def __str__(self) -> str:
+        return f"tid={self.tid.hex() if self.tid else 'unknown'} blobs={len(self._blobs)}"
 
     # Staging
 
@@ -124,75 +98,100 @@ class TransactionBlobs:
         return path
 
     def stage(
-        self, oid: bytes, tid: bytes, path: str, is_new: bool = False, is_restored: bool = False
+        self,
+        oid: bytes,
+        path: str,
+        is_new: bool,
+        stamp: bytes | None = None,
+        store: StoreRecord | None = None,
     ) -> None:
-        """Make a file that was taken over the blob of a revision and start its upload.
+        """Make a file that was taken over the blob of the transaction's own revision.
 
         :param bool is_new: the transaction creates the object.
-        :param bool is_restored: the revision may exist already, here or elsewhere.
+        :param bytes stamp: what the record refers to; None where the base told the tid.
+        :param store: called when the record is to be stored again with another stamp.
         """
-        key = blob_key(oid, tid)
-        client = self._services.client
+        name = stamp or self.tid
+        assert name is not None
+        blob = StagedBlob(oid, self.tid, name, path, self._owns_keys or stamp is not None)
+        blob.is_new = is_new
+        if stamp is not None:
+            blob.store = store
+        self._stage(blob)
+
+    def stage_restored(self, oid: bytes, tid: bytes, path: str, stamp: bytes | None) -> None:
+        """Make a file that was taken over the blob of a revision that may be elsewhere, too."""
+        self._stage(StagedBlob(oid, tid, stamp or tid, path, is_ours=False))
+
+    def _stage(self, blob: StagedBlob) -> None:
         try:
-            self._enter(oid, tid, path, is_new, self._owns_keys and not is_restored)
+            self._enter(blob)
         except BaseException:
-            remove_quietly(path)
+            remove_quietly(blob.path)
             raise
-        self._start(key, lambda cancelled: client.upload_file(path, key, cancelled))
+        self._upload(blob)
 
-    def copy(self, oid: bytes, source_tid: bytes) -> None:
-        """Give the transaction's revision of a blob the bytes of an earlier one."""
-        key = blob_key(oid, self.tid)
-        self._enter(oid, self.tid, None, False, self._owns_keys)
-        self._start(key, lambda cancelled: self._copy(oid, source_tid, key))
+    def _upload(self, blob: StagedBlob) -> None:
+        path, key, upload_file = blob.path, blob.key, self._services.client.upload_file
+        blob.since = self._services.clocks()
+        blob.upload = self._services.pool.start(lambda cancelled: upload_file(path, key, cancelled))
 
-    def _copy(self, oid: bytes, source_tid: bytes, key: str) -> None:
+    def copy(
+        self, oid: bytes, tid: bytes, source_tid: bytes, source_stamp: bytes | None = None
+    ) -> None:
+        """Give a revision of a blob the bytes of another one, under the key of its tid.
+
+        :param source_stamp: what the other one's record refers to.
+        """
+        blob = StagedBlob(oid, tid, tid, None, self._owns_keys)
+        self._enter(blob)
+        key = blob.key
+        blob.upload = self._services.pool.start(
+            lambda cancelled: self._copy(oid, source_tid, source_stamp, key)
+        )
+
+    def _copy(self, oid: bytes, tid: bytes, stamp: bytes | None, target: str) -> None:
         client = self._services.client
         try:
-            client.copy_object(blob_key(oid, source_tid), key)
+            client.copy_object(blob_key(oid, stamp or tid), target)
         except (MissingObjectError, PermanentS3Error):
             # Not migrated yet: a source has it, or nobody. Or the server cannot copy what is
             # encrypted (Ceph under SSE-C); what else is wrong shows again.
             for attempt in range(1, EVICTION_ATTEMPTS + 1):
                 try:
-                    client.upload_file(self._services.loader.load(oid, source_tid), key)
+                    path = self._services.loader.load(oid, tid, lambda oid, tid: stamp)
+                    client.upload_file(path, target)
                     return
                 except FileNotFoundError:  # eviction was faster
                     if attempt == EVICTION_ATTEMPTS:
                         raise
 
-    def _enter(
-        self, oid: bytes, tid: bytes, path: str | None, is_new: bool, is_ours: bool
-    ) -> _Blob:
-        self.drop(oid, tid)
-        key = blob_key(oid, tid)
-        if key not in self._dropped:
-            self._services.open_keys.add(key)
-        blob = self._blobs[key] = _Blob(oid, tid, path, is_new, is_ours)
-        return blob
+    def _enter(self, blob: StagedBlob) -> None:
+        self.drop(blob.oid, blob.tid)
+        if blob.key not in self._dropped:
+            self._services.open_keys.add(blob.key)
+        self._blobs[blob.oid, blob.tid] = blob
 
-    def _start(self, key: str, work: Work) -> None:
-        self._blobs[key].upload = self._services.pool.start(work)
-
-    def drop(self, oid: bytes, tid: bytes) -> None:
+    def drop(self, oid: bytes, tid: bytes | None) -> None:
         """Forget a blob of this transaction, as before a second store of its object."""
-        key = blob_key(oid, tid)
-        blob = self._blobs.pop(key, None)
-        if blob is None:
-            return
+        blob = self._blobs.pop((oid, tid), None)
+        if blob is not None:
+            self._give_up_object(blob)
+            remove_quietly(blob.path)
+
+    def _give_up_object(self, blob: StagedBlob) -> None:
         if blob.upload is not None:
             blob.upload.cancel()
             wait([blob.upload.future])
         if blob.is_ours and blob.upload is not None and blob.upload.may_have_sent:
-            self._dropped.add(key)
-        elif key not in self._dropped:
-            self._services.open_keys.remove([key])
-        remove_quietly(blob.path)
+            self._dropped.add(blob.key)
+        elif blob.key not in self._dropped:
+            self._services.open_keys.remove([blob.key])
 
     def find(self, oid: bytes, serial: bytes) -> str | None:
         """Return the staged file of the transaction's own tid, or of an object it creates."""
         # Other threads ask, too: one look-up, no iteration.
-        blob = self._blobs.get(blob_key(oid, self.tid if serial == z64 else serial))
+        blob = self._blobs.get((oid, self.tid if serial == z64 else serial))
         if blob is None or (serial == z64 and not blob.is_new):
             return None
         return blob.path
@@ -202,11 +201,29 @@ class TransactionBlobs:
     def vote(self) -> None:
         """Wait until all bytes are in the bucket and reserve their room in the cache.
 
+        Stores records again whose objects were uploaded so long ago that a sweep might take them
+        for garbage before the transaction ends.
+
         :raises S3OperationError: the first failure, which cancels the other uploads.
         :raises StorageTransactionError: when a blob could not be staged.
         """
         if self.phase is Phase.DOOMED:
             raise StorageTransactionError("a blob could not be staged: abort the transaction")
+        self._wait_for_uploads()
+        self._renew()
+        # Only now: what is evicted for it could not be fetched again while S3 is down.
+        staged = list(self._staged())
+        try:
+            if staged:
+                self._services.cache.reserve(
+                    [(blob.oid, blob.reservation, os.path.getsize(path)) for blob, path in staged]
+                )
+        except OSError:
+            # The commit does not depend on the cache.
+            logger.exception("cache refused to reserve room %s", self)
+        self.phase = Phase.VOTED
+
+    def _wait_for_uploads(self) -> None:
         uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
         size = sum(os.path.getsize(path) for _blob, path in self._staged())
         patience = UPLOAD_PATIENCE + size / SLOWEST_RATE
@@ -221,37 +238,70 @@ class TransactionBlobs:
         if pending:
             self._cancel()
             raise TransientS3Error(f"{len(pending)} uploads took longer than {patience:.0f} s")
-        # Only now: what is evicted for it could not be fetched again while S3 is down.
-        staged = list(self._staged())
-        try:
-            if staged:
-                self._services.cache.reserve(
-                    [(blob.oid, blob.tid, os.path.getsize(path)) for blob, path in staged]
-                )
-        except OSError:
-            # The commit does not depend on the cache.
-            logger.exception("cache refused to reserve room tid=%s", self.tid.hex())
-        self.phase = Phase.VOTED
+
+    def _renew(self) -> None:
+        """Upload again, under new stamps, what a sweep in another process may soon take."""
+        for attempt in range(RENEWALS + 1):
+            old = [blob for blob in self._blobs.values() if self._age(blob) > RENEWAL]
+            if not old:
+                return
+            if attempt == RENEWALS:
+                break
+            logger.info("upload renewed count=%d %s", len(old), self)
+            for blob in old:
+                if blob.store is not None:
+                    self._give_up_object(blob)
+                    blob.name = new_stamp()
+                    self._services.open_keys.add(blob.key)
+                # What is restored keeps its key: to be uploaded again makes the object young.
+                self._upload(blob)
+            self._wait_for_uploads()
+            for blob in old:
+                if blob.store is not None:
+                    blob.store(blob.name)
+        raise PermanentS3Error(
+            f"uploads take longer than half of gc-grace, which is {self._services.grace:.0f} s:"
+            " set gc-grace higher, in all processes"
+        )
+
+    def _age(self, blob: StagedBlob) -> float:
+        """Return the age of a blob's object as a part of the grace period."""
+        if blob.path is None or not self._services.grace:
+            return 0.0
+        now = self._services.clocks()
+        age = max(after - before for before, after in zip(blob.since, now, strict=True))
+        return age / self._services.grace
 
     def begin_finish(self) -> None:
         """Mark the point after which only the base knows the outcome.
 
         :raises StorageTransactionError: when blobs were staged that no vote has waited for.
+        :raises TransientS3Error: when the vote is so long ago that a sweep may take them before the
+            base has finished.
         """
         if self.phase is Phase.DOOMED or (self._blobs and self.phase is not Phase.VOTED):
             raise StorageTransactionError("tpc_finish without a vote that waited for the blobs")
+        if any(self._age(blob) >= LATEST_FINISH for blob in self._blobs.values()):
+            raise TransientS3Error(
+                "the transaction has voted so long ago that its blobs are near the end of gc-grace,"
+                f" which is {self._services.grace:.0f} s: abort and retry it"
+            )
         self.phase = Phase.FINISHING
 
-    def finish(self) -> None:
+    def finish(self, tid: bytes) -> None:
         """Move the staged files into the cache, after the base has finished; never raises."""
         self.phase = Phase.ENDED
-        staged = [(blob.oid, blob.tid, path) for blob, path in self._staged()]
+        staged = [
+            (blob.oid, blob.tid or tid, path, blob.reservation) for blob, path in self._staged()
+        ]
+        for blob in self._blobs.values():
+            blob.tid = blob.tid or tid  # which is now also what its room is reserved for
         try:
             if staged:
                 self._services.cache.put_many(staged)
         except Exception:
             # The transaction is committed and its bytes are in the bucket: a read fetches them.
-            logger.exception("cache refused blobs tid=%s", self.tid.hex())
+            logger.exception("cache refused blobs tid=%s", tid.hex())
             self._remove_files()
             self._release_room()
         finally:
@@ -273,12 +323,12 @@ class TransactionBlobs:
             cleanup.future.result(ABORT_TIMEOUT)
         except S3OperationError as error:
             # The transaction is aborted; what remains in the bucket is garbage for a sweep.
-            logger.warning("abort left objects behind tid=%s: %s", self.tid.hex(), error)
+            logger.warning("abort left objects behind %s: %s", self, error)
         except FutureTimeout:
-            logger.warning("abort goes on in the background tid=%s", self.tid.hex())
+            logger.warning("abort goes on in the background %s", self)
         except Exception:
             # Whatever it is, the base has aborted, and the caller has nothing left to undo.
-            logger.exception("abort left objects behind tid=%s", self.tid.hex())
+            logger.exception("abort left objects behind %s", self)
 
     def _clean_up(self, delete: bool) -> None:
         try:
@@ -293,30 +343,31 @@ class TransactionBlobs:
 
     def _delete_objects(self) -> None:
         keys = set(self._dropped)
-        for key, blob in self._blobs.items():
+        for blob in self._blobs.values():
             if blob.is_ours and blob.upload is not None and blob.upload.may_have_sent:
-                keys.add(key)
+                keys.add(blob.key)
         refused = self._services.client.delete_objects(sorted(keys)) if keys else {}
         if refused:
             logger.warning("abort left objects behind refused=%s", refused)
 
     def _release_room(self) -> None:
         try:
-            if staged := [(blob.oid, blob.tid) for blob, _path in self._staged()]:
+            if staged := [(blob.oid, blob.reservation) for blob, _path in self._staged()]:
                 self._services.cache.release(staged)
         except OSError:
             # It comes back when eviction meets the rows without files.
-            logger.warning("cache refused to give room back tid=%s", self.tid.hex())
+            logger.warning("cache refused to give room back %s", self)
 
     def _close_keys(self) -> None:
-        self._services.open_keys.remove([*self._blobs, *self._dropped])
+        keys = {blob.key for blob in self._blobs.values()}
+        self._services.open_keys.remove(keys | self._dropped)
 
     def _cancel(self) -> None:
         for blob in self._blobs.values():
             if blob.upload is not None:
                 blob.upload.cancel()
 
-    def _staged(self) -> Iterator[tuple[_Blob, str]]:
+    def _staged(self) -> Iterator[tuple[StagedBlob, str]]:
         for blob in self._blobs.values():
             if blob.path is not None:
                 yield blob, blob.path
@@ -324,14 +375,3 @@ class TransactionBlobs:
     def _remove_files(self) -> None:
         for blob in self._blobs.values():
             remove_quietly(blob.path)
-
-
-def remove_quietly(path: str | None) -> None:
-    """Remove a file on which the outcome of its transaction does not depend; never raises."""
-    try:
-        if path is not None:
-            os.remove(path)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        logger.exception("staged file stays path=%s", path)

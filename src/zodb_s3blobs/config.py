@@ -12,7 +12,7 @@ from ZConfig.datatypes import SuffixMultiplier
 from ZODB.config import BaseConfig
 
 from . import values
-from .bases import TidBase
+from .bases import base_of
 from .cache import S3BlobCache
 from .s3client import MiB
 from .s3client import S3Client
@@ -75,6 +75,15 @@ def seconds(text: str) -> float:
     return time
 
 
+def grace(text: str) -> float:
+    """Return a time in seconds, given as seconds or with the suffix s, m, h or d; 0 is one."""
+    for suffix, factor in (("s", 1), ("m", 60), ("h", 3600), ("d", 86400), ("", 1)):
+        number = text.lower().removesuffix(suffix).strip()
+        if text.lower().endswith(suffix) and number.isdecimal():
+            return float(int(number) * factor)
+    raise ValueError(f"expected a time such as 24h or 7d, not {text!r}")
+
+
 def existing_directory(text: str) -> str:
     """Return the path of a directory that exists."""
     if not os.path.isdir(text):
@@ -116,6 +125,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 layout = one_of("automatic", "bushy", "lawn")
+addressing = one_of("auto", "tid", "record")
 addressing_style = one_of("auto", "path", "virtual")
 checksum = one_of("when_required", "when_supported")
 sse = one_of("AES256", "aws:kms")
@@ -183,14 +193,23 @@ class S3BlobStorageFactory(BaseConfig):
         with ExitStack() as opened:
             base = config.base.open()
             opened.callback(base.close)
-            TidBase(base)  # refuse before anything is made on disk
+            # Refuses before anything is made on disk.
+            database = base_of(base, config.addressing).database()
             cache = S3BlobCache(config.cache_dir, config.cache_size)
             opened.callback(cache.close)
             sources = [source.open() for source in config.sources]
             pool = UploadPool(config.upload_concurrency)
-            storage = S3BlobStorage(base, self._client(), cache, sources=sources, pool=pool)
+            storage = S3BlobStorage(
+                base,
+                self._client(),
+                cache,
+                sources=sources,
+                pool=pool,
+                addressing=config.addressing,
+                gc_grace=config.gc_grace,
+            )
             place = (config.s3_endpoint_url, config.bucket_name, config.s3_prefix)
-            _refuse_two_databases(place, storage)
+            _refuse_two_databases(place, database, storage)
             opened.pop_all()
         return storage
 
@@ -223,18 +242,21 @@ class S3BlobStorageFactory(BaseConfig):
 
 
 # What this process has opened, by endpoint, bucket and prefix.
-_places: dict[tuple[str | None, str, str], "weakref.ref[S3BlobStorage]"] = {}
+_places: dict[tuple[str | None, str, str], tuple[str, "weakref.ref[S3BlobStorage]"]] = {}
 
 
-def _refuse_two_databases(place: tuple[str | None, str, str], storage: S3BlobStorage) -> None:
+def _refuse_two_databases(
+    place: tuple[str | None, str, str], database: str, storage: S3BlobStorage
+) -> None:
     """Refuse a second database under a prefix: each would pack away what is the other's."""
-    other = _places.get(place, lambda: None)()
-    if other is not None and other.is_open and other.sortKey() != storage.sortKey():
+    name, reference = _places.get(place, (database, None))
+    other = reference() if reference else None
+    if other is not None and other.is_open and name != database:
         raise ValueError(
-            f"{other.sortKey()} has bucket {place[1]!r} and s3-prefix {place[2]!r} already;"
-            f" give {storage.sortKey()} an s3-prefix of its own"
+            f"{name} has bucket {place[1]!r} and s3-prefix {place[2]!r} already;"
+            f" give {database} an s3-prefix of its own"
         )
-    _places[place] = weakref.ref(storage)
+    _places[place] = database, weakref.ref(storage)
 
 
 def _check_base(base: Any) -> None:

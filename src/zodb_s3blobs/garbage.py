@@ -1,16 +1,26 @@
 """Which keys no revision needs, and their deletion."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from itertools import chain
 from itertools import islice
 import logging
 import threading
+import time
 from typing import Any
 
-from .bases import TidBase
+from persistent.timestamp import TimeStamp
+
+from .basecontract import Base
+from .basecontract import Read
+from .basecontract import Snapshot
+from .interfaces import ListedObject
 from .interfaces import OtherDatabaseError
+from .interfaces import PermanentS3Error
+from .interfaces import TransientS3Error
 from .keys import parse_key
 from .keys import PREFIX
+from .keys import TID_SIZE
 from .openkeys import OpenKeys
 
 
@@ -18,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Of 1000 keys each, so that the requests that delete what is garbage among them are full.
 PAGES_AT_ONCE = 10
-
-Key = tuple[bytes, bytes]
+# How often the same keys are listed again because deciding about them took too long.
+LISTINGS = 3
 
 
 class SweepReport:
@@ -32,6 +42,7 @@ class SweepReport:
     def __init__(self) -> None:
         self.listed = 0
         self.kept = 0
+        #: of transactions that may not have ended, and of readers that may not know of their end
         self.in_flight = 0
         #: of another form, or of an oid that is no blob's here
         self.foreign = 0
@@ -46,29 +57,55 @@ class SweepReport:
     def __repr__(self) -> str:
         return f"<SweepReport {self}>"
 
+    def add(self, other: "SweepReport") -> None:
+        """Add the counts of another report to these."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+class _Entry:
+    """A listed object whose key is of our form."""
+
+    def __init__(self, listed: ListedObject, oid: bytes, name: bytes) -> None:
+        self.listed = listed
+        self.oid = oid
+        #: the revision's tid, or the stamp that its record carries
+        self.name = name
+
+    @property
+    def is_by_tid(self) -> bool:
+        return len(self.name) == TID_SIZE
+
+    @property
+    def time(self) -> bytes:
+        """When the object was uploaded, as a tid."""
+        return self.name[:TID_SIZE]
+
 
 class Sweeper:
     """Deletes what no surviving revision refers to, some pages of the listing at a time.
 
-    :param storage: answers lastTransaction.
-    :param is_blob_record: tells whether a record as the base returns it is a blob's.
+    :param read: tells what a record, as the base returns it, is.
+    :param float grace: seconds; see `_is_young` and `_may_be_read`.
     """
 
     def __init__(
         self,
-        storage: Any,
-        base: TidBase,
+        base: Base,
         client: Any,
         cache: Any,
         open_keys: OpenKeys,
-        is_blob_record: Callable[[bytes], bool],
+        read: Read,
+        grace: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._storage = storage
         self._base = base
         self._client = client
         self._cache = cache
         self._open_keys = open_keys
-        self._is_blob_record = is_blob_record
+        self._read = read
+        self._grace = grace
+        self._clock = clock
         self._one_at_a_time = threading.Lock()
 
     def sweep(self, dry_run: bool) -> SweepReport:
@@ -76,91 +113,182 @@ class Sweeper:
         report = SweepReport()
         with self._one_at_a_time:
             try:
-                pages = iter(self._client.list_pages(PREFIX))
-                while batch := [*chain.from_iterable(islice(pages, PAGES_AT_ONCE))]:
-                    self._sweep_batch(batch, report, dry_run)
+                last: str | None = ""
+                while last is not None:
+                    last = self._sweep_from(last, report, dry_run)
             finally:
                 # A sweep that was stopped has counts, too.
                 bucket = getattr(self._client, "bucket_name", "?")
                 logger.info("sweep bucket=%s %s dry_run=%s", bucket, report, dry_run)
         return report
 
+    def _sweep_from(self, after: str, report: SweepReport, dry_run: bool) -> str | None:
+        """Sweep the next pages behind a key and return their last key, None at the end."""
+        for _listing in range(LISTINGS):
+            begun = self._clock()
+            pages = islice(self._client.list_pages(PREFIX, after), PAGES_AT_ONCE)
+            batch = [*chain.from_iterable(pages)]
+            if not batch:
+                return None
+            if batch[0].key <= after:
+                raise PermanentS3Error(
+                    f"S3 list begins at {batch[0].key!r} and not behind {after!r}: the server does"
+                    " not know StartAfter, and a sweep would not end"
+                )
+
+            def is_late(begun: float = begun) -> bool:
+                # What was listed so long ago may have been stored again by a restore.
+                return bool(self._grace) and self._clock() - begun > self._grace / 4
+
+            if self._sweep_batch(batch, report, dry_run, is_late):
+                return batch[-1].key
+            logger.warning("sweep lists again after=%r", after)
+        raise TransientS3Error(
+            f"S3 sweep stopped behind {after!r}: to decide about {len(batch)} keys took longer than"
+            f" a quarter of gc-grace, which is {self._grace:.0f} s"
+        )
+
     def _sweep_batch(
-        self, batch: list[tuple[str, int]], report: SweepReport, dry_run: bool
-    ) -> None:
-        report.listed += len(batch)
-        sizes = dict(batch)
+        self,
+        batch: list[ListedObject],
+        report: SweepReport,
+        dry_run: bool,
+        is_late: Callable[[], bool],
+    ) -> bool:
+        """Sweep a part of a listing, unless deciding about it takes too long.
+
+        :returns: False in that case; nothing was deleted or counted.
+        """
+        counts = SweepReport()
+        counts.listed = len(batch)
+        by_key = {listed.key: listed for listed in batch}
+        suspects = set(by_key)
+        if self._base.hides_undo and not dry_run:
+            closed = [by_key[key] for key in self._open_keys.closed(by_key)]
+            first_look = self._find_garbage(closed, SweepReport(), report.kept)
+            suspects = {entry.listed.key for entry in first_look}
+            if suspects:
+                # What was being undone then shows when the base is asked again.
+                self._base.settle()
         # Transactions enter their keys before they upload, so whatever was listed is either
         # still entered, or its transaction has ended and the base knows how.
-        with self._open_keys.deciding(sizes) as free:
-            report.in_flight += len(sizes) - len(free)
-            garbage = self._find_garbage(free, report)
-            report.garbage += len(garbage)
-            report.bytes += sum(sizes[key] for key in garbage)
-            if dry_run or not garbage:
-                return
-            refused = self._client.delete_objects(sorted(garbage))
-        report.failed += len(refused)
-        report.deleted += len(garbage) - len(refused)
+        with self._open_keys.deciding(by_key) as free:
+            counts.in_flight = len(by_key) - len(free)
+            found = self._find_garbage([by_key[key] for key in free], counts, report.kept)
+            garbage = [entry for entry in found if entry.listed.key in suspects]
+            counts.in_flight += len(found) - len(garbage)
+            counts.garbage = len(garbage)
+            counts.bytes = sum(entry.listed.size for entry in garbage)
+            if is_late():
+                return False
+            if garbage and not dry_run:
+                self._delete(garbage, counts)
+        report.add(counts)
+        return True
+
+    def _delete(self, garbage: list[_Entry], counts: SweepReport) -> None:
+        refused = self._client.delete_objects(sorted(entry.listed.key for entry in garbage))
+        counts.failed = len(refused)
+        counts.deleted = len(garbage) - len(refused)
         for key, code in list(refused.items())[:1]:
             logger.warning("sweep refused count=%d key=%s code=%s", len(refused), key, code)
-        for key, (oid, tid) in garbage.items():
-            if key not in refused:
-                self._cache.discard(oid, tid)
+        for entry in garbage:
+            if entry.is_by_tid and entry.listed.key not in refused:
+                self._cache.discard(entry.oid, entry.name)
 
-    def _find_garbage(self, keys: set[str], report: SweepReport) -> dict[str, Key]:
-        by_oid: dict[bytes, dict[bytes, str]] = {}
-        last = self._storage.lastTransaction()
-        highest = self._base.highest_oid()
-        doubtful: list[str] = []
-        for key in keys:
-            parsed = parse_key(key)
-            if parsed is None:
-                report.foreign += 1
-            elif parsed[1] > last:
-                report.in_flight += 1  # of another process, or lost with it
-            elif parsed[0] > highest:
-                doubtful.append(key)
-            else:
-                by_oid.setdefault(parsed[0], {})[parsed[1]] = key
-        garbage: dict[str, Key] = {}
-        for oid, keys_by_tid in by_oid.items():
-            survivors = self._base.survivors(oid, set(keys_by_tid), self._is_blob_record)
-            report.kept += len(survivors.tids)
-            for tid, key in keys_by_tid.items():
-                if tid in survivors.tids:
-                    continue
-                if survivors.other_since is None:
-                    garbage[key] = oid, tid
-                elif survivors.other_since <= tid:
-                    raise _other_database(key, oid, tid)
-                else:
-                    doubtful.append(key)
-        self._judge(doubtful, report)
+    # Deciding
+
+    def _find_garbage(
+        self, objects: Iterable[ListedObject], counts: SweepReport, kept_before: int
+    ) -> list[_Entry]:
+        garbage: list[_Entry] = []
+        doubtful: list[_Entry] = []
+        with self._base.snapshot() as snapshot:
+            by_oid = self._arrange(objects, snapshot, counts, doubtful)
+            for oid, survivors in snapshot.survivors(by_oid, self._read):
+                for name, entry in by_oid[oid].items():
+                    if name in (survivors.tids if entry.is_by_tid else survivors.stamps):
+                        counts.kept += 1
+                    elif self._is_young(entry) or self._may_be_read(entry, survivors.current):
+                        counts.in_flight += 1
+                    elif survivors.other_since is None:
+                        garbage.append(entry)
+                    elif survivors.other_since <= entry.time:
+                        raise _other_database(entry)
+                    else:
+                        doubtful.append(entry)
+        _judge(doubtful, counts, kept_before + counts.kept)
         return garbage
 
-    def _judge(self, doubtful: list[str], report: SweepReport) -> None:
-        """Keep keys of oids that were never given out here, or now belong to no blob.
+    def _arrange(
+        self,
+        objects: Iterable[ListedObject],
+        snapshot: Snapshot,
+        counts: SweepReport,
+        doubtful: list[_Entry],
+    ) -> dict[bytes, dict[bytes, _Entry]]:
+        """Return what the base must be asked about, by oid and name."""
+        last = snapshot.last_transaction()
+        highest = snapshot.highest_oid()
+        by_oid: dict[bytes, dict[bytes, _Entry]] = {}
+        for listed in objects:
+            parsed = parse_key(listed.key)
+            if parsed is None:
+                counts.foreign += 1
+                continue
+            entry = _Entry(listed, *parsed)
+            if entry.is_by_tid and entry.name > last:
+                counts.in_flight += 1  # of another process, or lost with it
+            elif entry.oid <= highest:
+                by_oid.setdefault(entry.oid, {})[entry.name] = entry
+            elif self._is_young(entry):
+                counts.in_flight += 1
+            else:
+                doubtful.append(entry)
+        return by_oid
 
-        A FileStorage gives out the oids of a crashed transaction again, so they may be its
-        orphans. They may also be another database's blobs, or those of a Data.fs in whose place
-        a new one was opened: without one key that is surely ours nothing is deleted at all.
+    def _is_young(self, entry: _Entry) -> bool:
+        """Tell whether a transaction of another process may still want an object.
+
+        Transactions upload again what gets older than a part of the grace period.
         """
-        if not doubtful:
-            return
-        if not report.kept:
-            oid, tid = parse_key(doubtful[0]) or (b"", b"")
-            raise _other_database(doubtful[0], oid, tid)
-        if not report.foreign:
-            logger.warning("sweep keeps keys whose oid is no blob here key=%s", doubtful[0])
-        report.foreign += len(doubtful)
+        return self._has_grace(entry) and entry.listed.age < self._grace
+
+    def _may_be_read(self, entry: _Entry, current: bytes | None) -> bool:
+        """Tell whether a reader on an older view may still see the revision before the current."""
+        if current is None or not self._has_grace(entry):
+            return False
+        age: float = entry.listed.listed - TimeStamp(current).timeTime()
+        return max(0.0, age) < self._grace
+
+    def _has_grace(self, entry: _Entry) -> bool:
+        # Where a base tells tids, that of a transaction in flight is above all others.
+        return not (entry.is_by_tid and self._base.tells_tid)
 
 
-def _other_database(key: str, oid: bytes, tid: bytes) -> OtherDatabaseError:
+def _judge(doubtful: list[_Entry], counts: SweepReport, kept: int) -> None:
+    """Keep keys of oids that were never given out here, or now belong to no blob.
+
+    A FileStorage gives out the oids of a crashed transaction again, so they may be its
+    orphans. They may also be another database's blobs, or those of a Data.fs in whose place
+    a new one was opened: without one key that is surely ours nothing is deleted at all.
+    """
+    if not doubtful:
+        return
+    if not kept:
+        raise _other_database(doubtful[0])
+    if not counts.foreign:
+        key = doubtful[0].listed.key
+        logger.warning("sweep keeps keys whose oid is no blob here key=%s", key)
+    counts.foreign += len(doubtful)
+
+
+def _other_database(entry: _Entry) -> OtherDatabaseError:
+    key = entry.listed.key
     error = OtherDatabaseError(
         f"S3 sweep stopped at {key!r}: this object is no blob here, so the key seems to be another"
         " database's, or this database is not the one that filled the bucket. Nothing was deleted"
         " among these keys. Give each database an s3-prefix or bucket of its own"
     )
-    error.operation, error.key, error.oid, error.tid = "sweep", key, oid, tid
+    error.operation, error.key, error.oid, error.tid = "sweep", key, entry.oid, entry.time
     return error

@@ -4,6 +4,8 @@ oid, tid and serial are bytes of length 8 everywhere but in keys and logs.
 Sizes are in bytes, times in seconds.
 """
 
+from typing import NamedTuple
+
 from transaction.interfaces import TransientError
 from ZODB.interfaces import IBlobStorage
 from ZODB.POSException import StorageError
@@ -14,6 +16,21 @@ from zope.interface import Interface
 # How often eviction may win against whoever opens a path of the cache: it happens between two
 # lines of code, so that once is rare already.
 EVICTION_ATTEMPTS = 10
+
+
+class ListedObject(NamedTuple):
+    """One entry of a listing; both times are the server's, in seconds since the epoch."""
+
+    key: str
+    size: int
+    modified: float
+    #: when the server made the listing
+    listed: float
+
+    @property
+    def age(self) -> float:
+        """Seconds; never negative, though one of the times may have been rounded."""
+        return max(0.0, self.listed - self.modified)
 
 
 class S3OperationError(StorageError):
@@ -95,8 +112,11 @@ class IS3Client(Interface):
     def list_objects(prefix):
         """Iterate lazily over the keys that begin with a prefix, sorted."""
 
-    def list_pages(prefix):
-        """Iterate lazily over lists of 1 to 1000 ``(key, size)`` pairs."""
+    def list_pages(prefix, after=""):
+        """Iterate lazily over lists of 1 to 1000 ``ListedObject``, sorted by key.
+
+        :param str after: begin behind this key.
+        """
 
     def close():
         """Release connections; a later call opens them again."""
@@ -123,11 +143,12 @@ class IS3BlobCache(Interface):
     def reserve(entries):
         """Make room for files that are about to be put, evicting others.
 
-        :param entries: a sequence of ``(oid, tid, size)``.
+        :param entries: a sequence of ``(oid, name, size)``; the name is the
+            tid, or any 8 bytes that nobody else uses while the tid is not known.
         """
 
     def release(entries):
-        """Give back the room of files, a sequence of ``(oid, tid)``, that will not be put."""
+        """Give back the room of files, a sequence of ``(oid, name)``, that will not be put."""
 
     def put(oid, tid, source_path):
         """Move a complete file into the cache.
@@ -137,7 +158,10 @@ class IS3BlobCache(Interface):
         """
 
     def put_many(entries):
-        """Move several files, a sequence of ``(oid, tid, source_path)``."""
+        """Move in files whose room is reserved; those that lost it are deleted instead.
+
+        :param entries: a sequence of ``(oid, tid, source_path, name)``.
+        """
 
     def discard(oid, tid):
         """Forget a file whose revision is garbage."""
@@ -188,4 +212,10 @@ class IS3BlobStorage(IBlobStorage):
 
         :returns: a ``SweepReport``.
         :raises OtherDatabaseError: when the bucket is not this database's alone.
+        """
+
+    def rewrite_by_tid():
+        """Give every blob the key of its tid and take the references out of the records.
+
+        :returns: a ``RewriteReport``.
         """

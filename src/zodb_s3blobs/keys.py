@@ -1,28 +1,48 @@
-"""(oid, tid) to key text and back; the only place that knows the layout.
+"""(oid, name) to key text and back; the only place that knows the layout.
 
-``blobs/{oid}/{tid}.blob`` with lower-case hex and without leading zeros.
+The name is the revision's own tid, or a stamp that the revision's record
+carries. The form of a key tells which::
+
+    blobs/{oid}/{tid}.blob       lower-case hex without leading zeros
+    blobs/{oid}/{stamp}.blob     the stamp has 32 digits
 """
 
+from collections.abc import Callable
+import os
 import re
+
+from ZODB.utils import newTid
 
 
 PREFIX = "blobs/"
-_FORM = re.compile(r"blobs/(0|[1-9a-f][0-9a-f]{0,15})/(0|[1-9a-f][0-9a-f]{0,15})\.blob")
+TID_SIZE = 8
+_FORM = re.compile(
+    r"blobs/(?P<oid>0|[1-9a-f][0-9a-f]{0,15})"
+    r"/(?:(?P<tid>0|[1-9a-f][0-9a-f]{0,15})|(?P<stamp>[0-9a-f]{32}))\.blob"
+)
 
 
-def blob_key(oid: bytes, tid: bytes) -> str:
-    """Return the key of a blob revision.
+def new_stamp(random: Callable[[int], bytes] = os.urandom) -> bytes:
+    """Return 16 bytes that nobody else returns: the time, written as a tid, and random ones."""
+    stamp: bytes = newTid(None) + random(8)
+    return stamp
+
+
+def blob_key(oid: bytes, name: bytes) -> str:
+    """Return the key of a blob.
 
     :param bytes oid: 8 bytes.
-    :param bytes tid: 8 bytes, the revision's own tid.
+    :param bytes name: a tid of 8 bytes or a stamp of 16.
     """
-    return f"{PREFIX}{int.from_bytes(oid, 'big'):x}/{int.from_bytes(tid, 'big'):x}.blob"
+    text = f"{int.from_bytes(name, 'big'):x}" if len(name) == TID_SIZE else name.hex()
+    return f"{PREFIX}{int.from_bytes(oid, 'big'):x}/{text}.blob"
 
 
 def parse_key(key: str) -> tuple[bytes, bytes] | None:
-    """Return (oid, tid) of a key that `blob_key` made, None for any other text."""
+    """Return (oid, name) of a key that `blob_key` made, None for any other text."""
     match = _FORM.fullmatch(key)
     if match is None:
         return None
-    oid, tid = match.groups()
-    return int(oid, 16).to_bytes(8, "big"), int(tid, 16).to_bytes(8, "big")
+    oid, tid, stamp = match.groups()
+    name = bytes.fromhex(stamp) if stamp else int(tid, 16).to_bytes(TID_SIZE, "big")
+    return int(oid, 16).to_bytes(8, "big"), name

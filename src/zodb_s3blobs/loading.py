@@ -1,5 +1,6 @@
 """From (oid, serial) to a complete file: hit, single flight, S3, sources."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent.futures import Future
 import os
@@ -12,6 +13,10 @@ from .interfaces import S3OperationError
 from .keys import blob_key
 
 
+# From (oid, serial) to the stamp in the revision's record, if there is one
+FindReference = Callable[[bytes, bytes], bytes | None]
+
+
 class BlobLoader:
     """Fills the cache on demand; threads share it."""
 
@@ -22,18 +27,21 @@ class BlobLoader:
         # What threads are fetching now; setdefault decides between them.
         self._flights: dict[tuple[int, bytes, bytes], Future[str | None]] = {}
 
-    def load(self, oid: bytes, serial: bytes) -> str:
+    def load(self, oid: bytes, serial: bytes, find_reference: FindReference) -> str:
         """Return the path of a complete, verified file with the revision's bytes.
 
+        :param find_reference: called on a miss, in the calling thread.
         :raises POSKeyError: when neither the bucket nor a source has it.
         :raises S3OperationError: when that cannot be told.
         """
         path: str | None = self._cache.get(oid, serial)
         while path is None:
-            path = self._load_together(oid, serial)
+            path = self._load_together(oid, serial, find_reference)
         return path
 
-    def _load_together(self, oid: bytes, serial: bytes) -> str | None:
+    def _load_together(
+        self, oid: bytes, serial: bytes, find_reference: FindReference
+    ) -> str | None:
         """Fetch, or share the outcome of the thread that is fetching; None when that was killed.
 
         Failures are shared, too: while S3 is down nobody waits for more than one time-out.
@@ -45,7 +53,7 @@ class BlobLoader:
         if flight is not mine:
             return flight.result()
         try:
-            mine.set_result(self._fill(oid, serial))
+            mine.set_result(self._fill(oid, serial, find_reference))
         except Exception as error:
             mine.set_exception(error)
         finally:
@@ -54,30 +62,42 @@ class BlobLoader:
                 mine.set_result(None)
         return mine.result()
 
-    def _fill(self, oid: bytes, serial: bytes) -> str:
+    def _fill(self, oid: bytes, serial: bytes, find_reference: FindReference) -> str:
         cache = self._cache
+        # Not under the lock: the base may be slow.
+        stamp = find_reference(oid, serial)
         with cache.filling(oid, serial):
             path: str | None = cache.get(oid, serial)
             if path is not None:
                 return path
             temporary = cache.temporary_file()
             try:
-                self._fetch(oid, serial, temporary)
+                self._fetch(oid, serial, stamp, temporary)
                 filled: str = cache.put(oid, serial, temporary)
                 return filled
             finally:
                 if os.path.exists(temporary):
                     os.remove(temporary)
 
-    def _fetch(self, oid: bytes, serial: bytes, target_path: str) -> None:
-        key = blob_key(oid, serial)
+    def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None, target_path: str) -> None:
+        # A database that has moved between bases keeps under the tid what its records refer to.
+        keys = [blob_key(oid, name) for name in (stamp, serial) if name]
         try:
-            self._client.download_file(key, target_path)
+            self._download(keys, target_path)
         except S3OperationError as error:
             # A revision has the same bytes wherever they are.
             if any(source.fetch(oid, serial, target_path) for source in self._sources):
                 return
             if isinstance(error, MissingObjectError):
-                raise POSKeyError(f"No blob {key} in the bucket", oid, serial) from error
+                where = " or ".join(keys)
+                raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
+
+    def _download(self, keys: Sequence[str], target_path: str) -> None:
+        for key in keys:
+            try:
+                return self._client.download_file(key, target_path)
+            except MissingObjectError:
+                if key == keys[-1]:
+                    raise

@@ -47,6 +47,11 @@ class OpenKeys:
             self._open.difference_update(keys)
             self._changed.notify_all()
 
+    def closed(self, keys: Iterable[str]) -> set[str]:
+        """Return those of the keys that no transaction has taken up, at this moment."""
+        with self._changed:
+            return set(keys) - self._open
+
     @contextmanager
     def deciding(self, keys: Iterable[str]) -> Iterator[set[str]]:
         """Keep transactions away from those of the keys that none has taken up, and yield these."""

@@ -17,6 +17,7 @@ from .cancellation import Cancellation
 from .cancellation import UploadCancelled
 from .interfaces import IntegrityError
 from .interfaces import IS3Client
+from .interfaces import ListedObject
 from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
@@ -34,6 +35,7 @@ from .s3errors import make_error
 from .s3errors import NO_BATCH_DELETE_CODES
 from .s3errors import status_of
 from .s3errors import translated
+from .s3listing import read_page
 from .s3session import S3Session
 
 
@@ -346,17 +348,16 @@ class S3Client:
     def list_objects(self, prefix: str) -> Iterator[str]:
         """Iterate lazily over the keys that begin with a prefix."""
         for page in self.list_pages(prefix):
-            for key, _size in page:
-                yield key
+            for listed in page:
+                yield listed.key
 
-    def list_pages(self, prefix: str) -> Iterator[list[tuple[str, int]]]:
-        """Iterate lazily over lists of 1 to 1000 (key, size in bytes) pairs."""
-        token: dict[str, str] = {}
-        cut = len(self._full_prefix)
+    def list_pages(self, prefix: str, after: str = "") -> Iterator[list[ListedObject]]:
+        """Iterate lazily over lists of 1 to 1000 objects, from behind a key on."""
+        token = {"StartAfter": self._full_prefix + after} if after else {}
         while True:
             with self._translated("list", prefix, "s3:ListBucket"):
                 answer = self._try(self._list, prefix, token)
-            if page := [(item["Key"][cut:], item["Size"]) for item in answer.get("Contents", ())]:
+            if page := read_page(answer, len(self._full_prefix)):
                 yield page
             if not answer.get("IsTruncated"):
                 return

@@ -1,21 +1,20 @@
 """A storage whose records live in a base storage and whose blobs live in S3."""
 
-from base64 import decodebytes
+from __future__ import annotations
+
 from collections.abc import Callable
 from collections.abc import Sequence
-import logging
 import os
-import shutil
 from typing import Any
 
 from ZODB.blob import BlobFile
 from ZODB.blob import is_blob_record
-from ZODB.Connection import TransactionMetaData
 from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IBlobStorageRestoreable
+from ZODB.interfaces import IMVCCStorage
 from ZODB.interfaces import IStorageRestoreable
-from ZODB.POSException import POSKeyError
 from ZODB.POSException import ReadOnlyError
+from ZODB.POSException import StorageError
 from ZODB.POSException import StorageTransactionError
 from ZODB.utils import u64
 from ZODB.utils import z64
@@ -24,20 +23,26 @@ from zope.interface import implementer
 from zope.interface import providedBy
 
 from . import blobpatch
-from .bases import TidBase
-from .commit import BlobServices
-from .commit import remove_quietly
+from .basecontract import Base
+from .basecontract import Reading
+from .bases import base_of
 from .commit import TransactionBlobs
+from .copying import copy_transactions
 from .garbage import Sweeper
 from .garbage import SweepReport
 from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import IS3BlobStorage
+from .keys import new_stamp
 from .loading import BlobLoader
 from .openkeys import OpenKeys
+from .records import read_reference
+from .records import with_reference
+from .records import without_reference
+from .rewriting import RewriteReport
+from .rewriting import TidRewriter
+from .staged import BlobServices
+from .staged import remove_quietly
 from .uploads import UploadPool
-
-
-logger = logging.getLogger(__name__)
 
 
 class FileNames:
@@ -48,16 +53,37 @@ class FileNames:
         self.getBlobFilename = cache.path
 
 
+class _Shared:
+    """What the instances of one storage have in common, and the first of them closes."""
+
+    def __init__(self, services: BlobServices, sources: Sequence[Any], fshelper: FileNames) -> None:
+        self.services = services
+        self.sources = sources
+        self.fshelper = fshelper
+        self.sweeper: Any = None
+
+    def close(self) -> None:
+        self.services.pool.close()
+        for closeable in (*self.sources, self.services.cache, self.services.client):
+            closeable.close()
+
+
 @implementer(IS3BlobStorage)
 class S3BlobStorage:
     """Passes a base storage through and keeps the blobs in a bucket.
 
-    :param base_storage: a FileStorage or MappingStorage without blobs of its own.
+    Where the base is an IMVCCStorage, so is this, and each of its instances
+    passes one instance of the base through.
+
+    :param base_storage: a FileStorage, MappingStorage or RelStorage without blobs of its own.
     :param IS3Client s3_client: where the blobs are.
     :param IS3BlobCache cache: where they are on this host.
     :param str temp_dir: for uncommitted files; by default the cache's, and best on its file system.
     :param sources: further places to read blobs from, asked after S3 in this order.
     :param UploadPool pool: by default one of 32 threads.
+    :param str addressing: "auto", or "tid" or "record" where the base must be of that kind.
+    :param float gc_grace: age in seconds below which an object that no record refers to may belong
+        to a transaction of another process. The same in all processes.
     :raises ValueError: when the base storage cannot be wrapped.
     """
 
@@ -70,27 +96,36 @@ class S3BlobStorage:
         *,
         sources: Sequence[Any] = (),
         pool: UploadPool | None = None,
+        addressing: str = "auto",
+        gc_grace: float = 86400.0,
     ) -> None:
-        tid_base = TidBase(base_storage)
+        base = base_of(base_storage, addressing)
         blobpatch.install()
         temp_dir = os.path.abspath(temp_dir or cache.temp_dir)
         os.makedirs(temp_dir, mode=0o700, exist_ok=True)
-        self.__base = base_storage
-        self.__tid_base = tid_base
-        self.__client = s3_client
-        self.__cache = cache
-        self.__sources = sources
-        self.__pool = pool or UploadPool()
-        self.__loader = BlobLoader(cache, s3_client, sources)
+        loader = BlobLoader(cache, s3_client, sources)
         open_keys = OpenKeys()
-        self.__services = BlobServices(
-            s3_client, cache, self.__loader, self.__pool, open_keys, temp_dir
-        )
-        self.__sweeper = Sweeper(
-            base_storage, tid_base, s3_client, cache, open_keys, self.is_blob_record
-        )
+        pool = pool or UploadPool()
+        # Where a base tells tids, that of a transaction in flight is above all others.
+        grace = 0.0 if base.tells_tid else gc_grace
+        services = BlobServices(s3_client, cache, loader, pool, open_keys, temp_dir, grace)
+        shared = _Shared(services, sources, FileNames(cache, temp_dir))
+        self.__pass_through(base_storage, base, shared)
+        shared.sweeper = Sweeper(base, s3_client, cache, open_keys, self.__read, gc_grace)
+        self.__is_first = True
+
+    def __pass_through(self, base_storage: Any, base: Base, shared: _Shared) -> None:
+        self.__base = base_storage
+        self.__kind = base
+        self.__shared = shared
+        self.__services = shared.services
+        self.__cache = shared.services.cache
+        self.__loader = shared.services.loader
+        self.__is_first = False
+        self.__db: Any = None
+        self.__transform: Callable[[bytes], bytes] = bytes
         self.__untransform: Callable[[bytes], bytes] = bytes
-        self.fshelper = FileNames(cache, temp_dir)
+        self.fshelper = shared.fshelper
         #: until close()
         self.is_open = True
         restoreable = IStorageRestoreable.providedBy(base_storage)
@@ -102,7 +137,10 @@ class S3BlobStorage:
 
     # The methods that only some bases have; ours are offered in their place
     __OPTIONAL = {
+        "before_instance": "_S3BlobStorage__before_instance",
         "copyTransactionsFrom": "_S3BlobStorage__copy_transactions_from",
+        "new_instance": "_S3BlobStorage__new_instance",
+        "release": "_S3BlobStorage__release",
         "restoreBlob": "_S3BlobStorage__restore_blob",
         "undo": "_S3BlobStorage__undo",
     }
@@ -115,6 +153,32 @@ class S3BlobStorage:
             return getattr(self.__base, name)
         getattr(self.__base, "restore" if name == "restoreBlob" else name)
         return getattr(self, own)
+
+    # Instances
+
+    def __new_instance(self) -> S3BlobStorage:
+        """Return an instance with a view of its own, as a Connection wants one."""
+        return self.__around(self.__base.new_instance())
+
+    def __before_instance(self, before: bytes) -> S3BlobStorage:
+        """Return a read-only instance that sees what was current before a tid."""
+        return self.__around(self.__base.before_instance(before))
+
+    def __release(self) -> None:
+        """Give up this instance; what a transaction has staged is given up with it."""
+        transaction = self.__kind.running()
+        try:
+            self.__base.release()
+        finally:
+            if transaction is not None:
+                self.__abort_blobs(transaction)
+
+    def __around(self, instance: Any) -> S3BlobStorage:
+        other = type(self).__new__(type(self))
+        other.__pass_through(instance, self.__kind.of(instance), self.__shared)
+        other.__transform = self.__transform
+        other.__untransform = self.__untransform
+        return other
 
     @property
     def tryToResolveConflict(self) -> Any:
@@ -129,7 +193,7 @@ class S3BlobStorage:
         return len(self.__base)
 
     def __repr__(self) -> str:
-        return f"<S3BlobStorage {self.__client!r} around {self.__base!r}>"
+        return f"<S3BlobStorage {self.__services.client!r} around {self.__base!r}>"
 
     def close(self) -> None:
         """Close the base and what was opened for the blobs; closing again changes nothing."""
@@ -137,18 +201,26 @@ class S3BlobStorage:
         try:
             self.__base.close()
         finally:
-            self.__pool.close()
-            for closeable in (*self.__sources, self.__cache, self.__client):
-                closeable.close()
+            if self.__is_first:
+                self.__shared.close()
 
     def registerDB(self, db: Any) -> None:
-        """Learn from whoever wraps us how to read records."""
+        """Learn from whoever wraps us how to read and write records."""
+        self.__db = db
+        self.__transform = db.transform_record_data
         self.__untransform = db.untransform_record_data
         self.__base.registerDB(db)
+        if "copyTransactionsFrom" in vars(db):
+            # A RelStorage gives the wrapper its own, which knows nothing of our blobs.
+            db.copyTransactionsFrom = self.copyTransactionsFrom
 
-    def is_blob_record(self, record: bytes) -> bool:
-        """Tell whether a record of the base is a blob's."""
-        return bool(record and is_blob_record(self.__untransform(record)))
+    def __read(self, record: bytes) -> Reading:
+        plain = self.__untransform(record)
+        return Reading(is_blob_record(plain), read_reference(plain))
+
+    def __find_reference(self, oid: bytes, serial: bytes) -> bytes | None:
+        record = self.__kind.record(oid, serial)
+        return read_reference(self.__untransform(record)) if record else None
 
     # Two-phase commit
 
@@ -157,7 +229,8 @@ class S3BlobStorage:
         self.__base.tpc_begin(transaction, *args, **kw)
         try:
             given = args[0] if args else kw.get("tid")
-            blobs = TransactionBlobs(self.__services, self.__tid_base.tid(), given is None)
+            tid = self.__kind.tid() if given is None else given
+            blobs = TransactionBlobs(self.__services, tid, given is None)
             transaction.set_data(self, blobs)
         except BaseException:
             self.__base.tpc_abort(transaction)
@@ -178,24 +251,48 @@ class S3BlobStorage:
         self, oid: bytes, oldserial: Any, data: bytes, blobfilename: str, version: str,
         transaction: Any,
     ) -> Any:  # fmt: skip
-        """Take over a file, store its record in the base and start the upload."""
+        """Take over a file, store its record in the base and start the upload.
+
+        :raises StorageError: when the record must carry a reference and is not a Blob's.
+        """
         assert not version, "Versions aren't supported."
         blobs = self.__blobs(transaction)
+        stamp = None if self.__kind.tells_tid else new_stamp()
+        record = self.__refer(oid, data, stamp)
+
+        def store_again(stamp: bytes) -> None:
+            record = self.__refer(oid, data, stamp)
+            self.__base.store(oid, oldserial, record, "", transaction)
+
         path = blobs.take_over(blobfilename)
         try:
-            result = self.__base.store(oid, oldserial, data, "", transaction)
+            result = self.__base.store(oid, oldserial, record, "", transaction)
         except BaseException:
             remove_quietly(path)  # a conflict has no use for it
             raise
         with blobs.following():
-            blobs.stage(oid, blobs.tid, path, is_new=oldserial in (None, z64))
+            blobs.stage(oid, path, oldserial in (None, z64), stamp, store_again)
         return result
+
+    def __refer(self, oid: bytes, data: bytes, stamp: bytes | None) -> bytes:
+        """Return a record that refers to the object with a stamp, or to none."""
+        plain = self.__untransform(data)
+        if stamp is None:
+            # One with a reference was imported from another database.
+            return self.__transform(without_reference(plain)) if read_reference(plain) else data
+        try:
+            return self.__transform(with_reference(plain, stamp))
+        except ValueError as error:
+            raise StorageError(
+                f"the blob 0x{u64(oid):x} cannot be stored: its record is not a ZODB.blob.Blob's,"
+                f" and {self.__base!r} does not tell in time under which tid to keep it"
+            ) from error
 
     def __restore_blob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: Any,
         transaction: Any,
     ) -> Any:  # fmt: skip
-        """Restore a record as it is, and its blob under the revision's own tid."""
+        """Restore a record as it is, and its blob under its reference or the revision's tid."""
         blobs = self.__blobs(transaction)
         path = blobs.take_over(blobfilename)
         try:
@@ -204,28 +301,22 @@ class S3BlobStorage:
             remove_quietly(path)
             raise
         with blobs.following():
-            blobs.stage(oid, serial, path, is_restored=True)
+            blobs.stage_restored(oid, serial, path, read_reference(self.__untransform(data)))
         return result
 
     def __undo(self, transaction_id: bytes, transaction: Any) -> Any:
         """Undo on the base, then give each affected blob the bytes that become current again."""
         blobs = self.__blobs(transaction)
-        result = self.__base.undo(transaction_id, transaction)
-        undone = decodebytes(transaction_id + b"\n")
+        undone = self.__kind.undo(transaction_id, transaction)
         with blobs.following():
-            for oid in result[1]:
-                self.__undo_blob(blobs, oid, undone)
-        return result
-
-    def __undo_blob(self, blobs: TransactionBlobs, oid: bytes, undone: bytes) -> None:
-        try:
-            before = self.__base.loadBefore(oid, undone)
-        except POSKeyError:
-            before = None  # the undone transaction brought the object into being again
-        if before is not None and self.is_blob_record(before[0]):
-            blobs.copy(oid, before[1])
-        else:
-            blobs.drop(oid, blobs.tid)
+            for source in undone.sources:
+                # A reference travels with its record.
+                reading = self.__read(source.record) if source.record else Reading(False, None)
+                if reading.is_blob and reading.stamp is None:
+                    blobs.copy(source.oid, undone.tid, source.tid)
+                else:
+                    blobs.drop(source.oid, undone.tid)
+        return undone.result
 
     def tpc_vote(self, transaction: Any) -> Any:
         """Wait for all uploads, then vote on the base.
@@ -242,7 +333,7 @@ class S3BlobStorage:
         blobs.begin_finish()
         result = self.__base.tpc_finish(transaction, f)
         transaction.set_data(self, None)
-        blobs.finish()
+        blobs.finish(result)
         return result
 
     def tpc_abort(self, transaction: Any) -> None:
@@ -250,13 +341,15 @@ class S3BlobStorage:
         try:
             self.__base.tpc_abort(transaction)
         finally:
-            try:
-                blobs = self.__blobs(transaction)
-            except (ReadOnlyError, StorageTransactionError):
-                pass  # not begun here: nothing is ours to remove
-            else:
-                transaction.set_data(self, None)
-                blobs.abort()
+            self.__abort_blobs(transaction)
+
+    def __abort_blobs(self, transaction: Any) -> None:
+        try:
+            blobs = self.__blobs(transaction)
+        except (ReadOnlyError, StorageTransactionError):
+            return  # not begun here: nothing is ours to remove
+        transaction.set_data(self, None)
+        blobs.abort()
 
     # Blobs
 
@@ -267,11 +360,15 @@ class S3BlobStorage:
         :raises S3OperationError: when that cannot be told.
         """
         path: str | None = self.__cache.get(oid, serial)
-        return path or self.__find_staged(oid, serial) or self.__loader.load(oid, serial)
+        return (
+            path
+            or self.__find_staged(oid, serial)
+            or self.__loader.load(oid, serial, self.__find_reference)
+        )
 
     def __find_staged(self, oid: bytes, serial: bytes) -> str | None:
         # Only the running transaction knows its own tid, and the oids it creates.
-        transaction = self.__base.tpc_transaction()
+        transaction = self.__kind.running()
         if transaction is None:
             return None
         try:
@@ -297,9 +394,14 @@ class S3BlobStorage:
     # Maintenance
 
     def pack(self, *args: Any, **kw: Any) -> Any:
-        """Pack the base, then delete the objects that no surviving revision needs."""
+        """Pack the base, then delete the objects that no surviving revision needs.
+
+        Further arguments are the base's. What RelStorage calls ``prepack_only`` and ``check_refs``
+        removes nothing, and nothing is swept after it.
+        """
         result = self.__base.pack(*args, **kw)
-        self.sweep()
+        if not (kw.get("prepack_only") or kw.get("check_refs")):
+            self.sweep()
         return result
 
     def sweep(self, dry_run: bool = False) -> SweepReport:
@@ -310,36 +412,33 @@ class S3BlobStorage:
         """
         if not dry_run and self.__base.isReadOnly():
             raise ReadOnlyError()
-        return self.__sweeper.sweep(dry_run)
+        report: SweepReport = self.__shared.sweeper.sweep(dry_run)
+        return report
+
+    def rewrite_by_tid(self) -> RewriteReport:
+        """Give every blob the key of its tid and take the references out of the records.
+
+        So that a site can leave: older versions of this package, and others that know nothing of
+        references, find the blobs then. Each object that has a reference gets a new revision.
+        A call goes on where an earlier one was stopped; what is stored meanwhile by other
+        processes gets references again, so the last call comes after they have ended. The objects
+        that records no longer refer to are garbage, which the next pack deletes.
+
+        :raises ReadOnlyError: when the base is read-only.
+        """
+        if self.__base.isReadOnly():
+            raise ReadOnlyError()
+
+        def strip(record: bytes) -> bytes:
+            return self.__transform(without_reference(self.__untransform(record)))
+
+        def invalidate(tid: bytes, oids: Sequence[bytes]) -> None:
+            if self.__db is not None and not IMVCCStorage.providedBy(self):
+                self.__db.invalidate(tid, oids)
+
+        return TidRewriter(self.__kind, self.__services, self.__read, strip, invalidate).run()
 
     def __copy_transactions_from(self, other: Any) -> None:
         """Copy all transactions of another storage, with their tids and blobs."""
-        for record in other.iterator():
-            # Not the record itself: those of a MappingStorage cannot carry our data.
-            extension = getattr(record, "extension_bytes", None) or record.extension
-            transaction = TransactionMetaData(record.user, record.description, extension)
-            self.tpc_begin(transaction, record.tid, record.status)
-            try:
-                for data_record in record:
-                    self.__copy_record(other, data_record, transaction)
-                self.tpc_vote(transaction)
-            except BaseException:
-                self.tpc_abort(transaction)
-                raise
-            self.tpc_finish(transaction)
-
-    def __copy_record(self, other: Any, record: Any, transaction: Any) -> None:
-        oid, tid = record.oid, record.tid
-        if IBlobStorage.providedBy(other) and self.is_blob_record(record.data):
-            copy = os.path.join(self.fshelper.temp_dir, f"copy-{os.urandom(16).hex()}.tmp")
-            try:
-                with other.openCommittedBlobFile(oid, tid) as source, open(copy, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                self.restoreBlob(oid, tid, record.data, copy, record.data_txn, transaction)
-                return
-            except POSKeyError:
-                logger.warning("copied without its blob oid=0x%x tid=0x%x", u64(oid), u64(tid))
-            finally:
-                if os.path.exists(copy):
-                    os.remove(copy)
-        self.restore(oid, tid, record.data, "", record.data_txn, transaction)
+        copy_transactions(other, self, self.__transform)
+        self.__kind.copied()

@@ -1,0 +1,151 @@
+"""What the jobs ask of a base storage, whatever kind it is."""
+
+from base64 import decodebytes
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
+
+from ZODB.interfaces import IStorageWrapper
+
+
+class Reading(NamedTuple):
+    """What a record says."""
+
+    is_blob: bool
+    #: its reference
+    stamp: bytes | None
+
+
+Read = Callable[[bytes], Reading]
+#: names of keys by oid, see `keys.blob_key`
+Wanted = Mapping[bytes, Collection[bytes]]
+#: records of all revisions of an object by tid, None for an undone creation
+Revisions = dict[bytes, bytes | None]
+
+
+class Source(NamedTuple):
+    """What an undo makes current again; it may leave out what cannot be a blob."""
+
+    oid: bytes
+    #: the revision before the undone transaction
+    tid: bytes
+    #: its record; None where there was no object
+    record: bytes | None
+
+
+class Undone(NamedTuple):
+    """What an undo has done."""
+
+    #: what the base returns
+    result: Any
+    #: tid of the revisions it has written
+    tid: bytes
+    sources: Iterable[Source]
+
+
+class Survivors(NamedTuple):
+    """What a base says about one oid."""
+
+    #: those of the tids asked about that are revisions of a blob
+    tids: set[bytes]
+    #: what the records of its revisions refer to, where stamps were asked about
+    stamps: set[bytes]
+    #: tid of the current revision, where stamps were asked about
+    current: bytes | None = None
+    #: the oldest revision, where the oid belongs to an object that is no blob
+    other_since: bytes | None = None
+
+
+class Snapshot(Protocol):
+    """One view of a base, no older than the moment it was taken."""
+
+    def last_transaction(self) -> bytes:
+        """Return a tid that all transactions of this view are at or below."""
+
+    def highest_oid(self) -> bytes:
+        """Return an oid at least as high as any that was given out before the view was taken."""
+
+    def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
+        """Tell for each oid which revisions still need their blobs."""
+
+    def revisions(self, oids: Iterable[bytes]) -> Iterator[tuple[bytes, Revisions]]:
+        """Yield each oid with its revisions."""
+
+
+class Base(Protocol):
+    """A base storage, or one instance of it."""
+
+    #: whether a transaction knows its tid as soon as it has begun
+    tells_tid: bool
+
+    #: whether revisions stay that are no longer current, until a pack
+    keeps_history: bool
+
+    #: whether an undo that has not ended may bring back what a snapshot no longer shows
+    hides_undo: bool
+
+    def of(self, instance: Any) -> "Base":
+        """Return the same for another instance of the storage."""
+
+    def database(self) -> str:
+        """Return a name of the database, the same whenever it is opened in this process."""
+
+    def tid(self) -> bytes | None:
+        """Return the tid of the transaction that has begun; None where only the end tells."""
+
+    def record(self, oid: bytes, serial: bytes) -> bytes | None:
+        """Return the record of a revision, None when it is gone."""
+
+    def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
+        """Undo a transaction."""
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """Take a view of the base."""
+
+    def writer(self) -> AbstractContextManager[Any]:
+        """Give an instance of the storage, for a transaction of our own."""
+
+    def settle(self) -> None:
+        """Wait until what is being undone shows in a new snapshot."""
+
+    def running(self) -> Any:
+        """Return the transaction that has begun, or None."""
+
+    def copied(self) -> None:
+        """Take note that all transactions of another storage have been stored."""
+
+
+def tid_of(transaction_id: bytes) -> bytes:
+    """Return the tid that an undo id stands for."""
+    return decodebytes(transaction_id + b"\n")
+
+
+def innermost(storage: Any) -> Any:
+    # A DemoStorage has a base, too; only a wrapper of records passes transactions through.
+    while IStorageWrapper.providedBy(storage) and hasattr(storage, "base"):
+        storage = storage.base
+    return storage
+
+
+def survivors_among(revisions: Revisions, names: Collection[bytes], read: Read) -> Survivors:
+    alive: set[bytes] = set()
+    stamps: set[bytes] = set()
+    other_since = None
+    for tid, data in revisions.items():
+        if not data:
+            continue
+        reading = read(data)
+        if not reading.is_blob:
+            other_since = min(revisions)
+            break
+        if tid in names:
+            alive.add(tid)
+        if reading.stamp:
+            stamps.add(reading.stamp)
+    return Survivors(alive, stamps, max(revisions, default=None), other_since)

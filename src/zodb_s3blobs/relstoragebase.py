@@ -1,0 +1,186 @@
+"""A RelStorage as base: other processes write, and only its table knows all revisions."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ZODB.Connection import TransactionMetaData
+from ZODB.interfaces import IStorageWrapper
+from ZODB.POSException import POSKeyError
+from ZODB.POSException import ReadOnlyError
+from ZODB.utils import maxtid
+from ZODB.utils import p64
+from ZODB.utils import u64
+
+from .basecontract import Base
+from .basecontract import innermost
+from .basecontract import Read
+from .basecontract import Revisions
+from .basecontract import Source
+from .basecontract import Survivors
+from .basecontract import survivors_among
+from .basecontract import tid_of
+from .basecontract import Undone
+from .basecontract import Wanted
+
+
+# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
+LARGEST_BLOB_RECORD = 4096
+
+
+class RelStorageBase:
+    """A RelStorage 4, perhaps inside wrappers that keep it as ``base``, or an instance of it.
+
+    :param root: what it is an instance of.
+    """
+
+    tells_tid = False
+
+    def __init__(self, base: Any, root: Any = None) -> None:
+        self._base = base
+        self._root = root or base
+        self._relstorage = innermost(self._root)
+        self.keeps_history: bool = self._relstorage.keep_history
+        self.hides_undo = self.keeps_history
+
+    def of(self, instance: Any) -> Base:
+        return RelStorageBase(instance, self._root)
+
+    def database(self) -> str:
+        # The sort key differs from opening to opening, and may show a password.
+        path = getattr(self._relstorage._adapter.connmanager, "path", None)  # of SQLite
+        return path or f"database {self._relstorage._options.cache_prefix}"
+
+    def tid(self) -> bytes | None:
+        # It picks one in tpc_finish, under its commit lock.
+        return None
+
+    def record(self, oid: bytes, serial: bytes) -> bytes | None:
+        # Not loadBefore, which makes three queries and never asks the cache.
+        try:
+            data: bytes | None = self._base.loadSerial(oid, serial)
+        except POSKeyError:
+            # The view of this instance may be older than the revision.
+            with self.snapshot() as snapshot:
+                ((_oid, revisions),) = snapshot.revisions([oid])
+            data = revisions.get(serial)
+        return data
+
+    def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
+        # What is there before an undo that succeeds was not packed until then. Afterwards
+        # RelStorage lets others pack, though this transaction has not ended.
+        with self.snapshot() as snapshot:
+            sources = list(snapshot.before(tid_of(transaction_id)))
+        result = self._base.undo(transaction_id, transaction)
+        tid = innermost(self._base)._tpc_phase.committing_tid_lock.tid
+        return Undone(result, tid, sources)
+
+    @contextmanager
+    def snapshot(self) -> Iterator["_RelStorageSnapshot"]:
+        # Not a connection for loading: that may be to a replica, which may lag behind.
+        connmanager = self._relstorage._adapter.connmanager
+        connection, cursor = connmanager.open()
+        try:
+            yield _RelStorageSnapshot(self, self._relstorage._adapter, cursor)
+        finally:
+            connmanager.rollback_and_close(connection, cursor)
+
+    @contextmanager
+    def writer(self) -> Iterator[Any]:
+        instance = self._root.new_instance()
+        try:
+            yield instance
+        finally:
+            instance.release()
+
+    def highest_oid(self) -> bytes:
+        try:
+            with self.writer() as instance:
+                # The first that an instance gives out is above all that were given out before.
+                return p64(u64(instance.new_oid()) - 1)
+        except ReadOnlyError:
+            highest: bytes = maxtid
+            return highest
+
+    @contextmanager
+    def untransforming(self) -> Iterator[Callable[[bytes], bytes]]:
+        """Give what undoes the work of wrappers between RelStorage and us."""
+        if IStorageWrapper.providedBy(self._root):
+            # One of its own: ours passes on what it has made of a record to those around us.
+            with self.writer() as wrapper:
+                yield wrapper.untransform_record_data
+        else:
+            yield bytes
+
+    def running(self) -> Any:
+        # Not tpc_transaction, which fails while RelStorage restores.
+        phase = getattr(innermost(self._base), "_tpc_phase", None)
+        state = getattr(phase, "shared_state", None)
+        return state.transaction if state else None
+
+    def settle(self) -> None:
+        # An undo, in whatever process, holds the commit lock until its end.
+        with self.writer() as instance:
+            transaction = TransactionMetaData(description="let undo end before a sweep")
+            instance.tpc_begin(transaction)
+            try:
+                instance.tpc_vote(transaction)
+            except BaseException:
+                instance.tpc_abort(transaction)
+                raise
+            instance.tpc_finish(transaction)
+
+    def copied(self) -> None:
+        # As RelStorage does after a copy of its own: its tables have changed as a whole.
+        self._relstorage._adapter.stats.large_database_change()
+
+
+class _RelStorageSnapshot:
+    """A connection of its own, on which every question sees what is committed by then."""
+
+    def __init__(self, base: RelStorageBase, adapter: Any, cursor: Any) -> None:
+        self._base = base
+        self._adapter = adapter
+        self._cursor = cursor
+
+    def last_transaction(self) -> bytes:
+        tid: bytes = p64(self._adapter.txncontrol.get_tid(self._cursor))
+        return tid
+
+    def highest_oid(self) -> bytes:
+        return self._base.highest_oid()
+
+    def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
+        for oid, revisions in self.revisions(wanted):
+            yield oid, survivors_among(revisions, wanted[oid], read)
+
+    def revisions(self, oids: Iterable[bytes]) -> Iterator[tuple[bytes, Revisions]]:
+        # The storage's methods do not tell: load and loadBefore end at an undone creation, and
+        # history is empty after a pack.
+        found: dict[bytes, Revisions] = {oid: {} for oid in oids}
+        with self._base.untransforming() as untransform:
+            for oid, tid, state in self._select("zoid, tid, state", zoid=map(u64, found)):
+                data = self._adapter.driver.binary_column_as_state_type(state)
+                found[p64(oid)][p64(tid)] = untransform(data) if data else None
+        yield from found.items()
+
+    def before(self, tid: bytes) -> Iterator[Source]:
+        """Yield what was current before a transaction, of what it has stored."""
+        oids = [oid for (oid,) in self._select("zoid", tid=[u64(tid)])]
+        last = dict.fromkeys(oids, 0)
+        for oid, found in self._select("zoid, tid", zoid=oids):
+            if last[oid] < found < u64(tid):
+                last[oid] = found
+        with self._base.untransforming() as untransform:
+            for oid, found in last.items():
+                state = self._adapter.mover.load_revision(self._cursor, oid, found)
+                # What is larger is no blob's, and a transaction may have stored much of it.
+                data = state if state and len(state) <= LARGEST_BLOB_RECORD else None
+                yield Source(p64(oid), p64(found), untransform(data) if data else None)
+
+    def _select(self, columns: str, **where: Iterable[int]) -> Iterator[Any]:
+        batcher = self._adapter.mover.make_batcher(self._cursor)
+        rows: Iterator[Any] = batcher.select_from(columns.split(", "), "object_state", **where)
+        return rows

@@ -1,0 +1,39 @@
+"""What an answer to a request for a listing says, with the times in it."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+import logging
+from typing import Any
+
+from .interfaces import ListedObject
+
+
+logger = logging.getLogger(__name__)
+
+
+def read_page(answer: Mapping[str, Any], cut: int) -> list[ListedObject]:
+    """Return the objects of an answer to ListObjectsV2 whose dates were left as text.
+
+    :param int cut: length of the prefix that keys have in the bucket.
+    """
+    contents = answer.get("Contents", ())
+    if not contents:
+        return []
+    try:
+        listed = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        moment = listed.timestamp()
+        times = [datetime.fromisoformat(_iso(item["LastModified"])) for item in contents]
+    except (KeyError, ValueError):
+        # Ages decide what is deleted: where they cannot be told, all is new.
+        logger.warning("listing without usable dates")
+        return [ListedObject(item["Key"][cut:], item["Size"], 0.0, 0.0) for item in contents]
+    return [
+        ListedObject(item["Key"][cut:], item["Size"], time.timestamp(), moment)
+        for item, time in zip(contents, times, strict=True)
+    ]
+
+
+def _iso(text: str) -> str:
+    # Python 3.10 does not know the Z.
+    return text[:-1] + "+00:00" if text.endswith("Z") else text

@@ -1,0 +1,98 @@
+"""What is known about one blob of a transaction, and what all of them share."""
+
+from collections.abc import Callable
+import logging
+import os
+import time
+from typing import Any
+
+from .keys import blob_key
+from .keys import TID_SIZE
+from .openkeys import OpenKeys
+from .uploads import Upload
+from .uploads import UploadPool
+
+
+logger = logging.getLogger(__name__)
+
+# Stores a blob's record with this stamp in the base
+StoreRecord = Callable[[bytes], Any]
+
+
+def clocks() -> tuple[float, float]:
+    """Return two times in seconds.
+
+    The first stands still while the machine sleeps, the second jumps when it is set.
+    """
+    return time.monotonic(), time.time()
+
+
+class StagedBlob:
+    """One blob of a transaction.
+
+    :param bytes tid: None where only the end of the transaction tells it.
+    :param bytes name: of its key: the tid or a stamp.
+    :param str path: None where S3 copies it.
+    """
+
+    def __init__(
+        self, oid: bytes, tid: bytes | None, name: bytes, path: str | None, is_ours: bool
+    ) -> None:
+        self.oid = oid
+        self.tid = tid
+        self.name = name
+        self.path = path
+        self.is_new = False
+        #: whether the object may be deleted on abort
+        self.is_ours = is_ours
+        #: where the record carries the stamp
+        self.store: StoreRecord | None = None
+        self.since = (0.0, 0.0)
+        self.upload: Upload | None = None
+
+    @property
+    def key(self) -> str:
+        return blob_key(self.oid, self.name)
+
+    @property
+    def reservation(self) -> bytes:
+        """What stands for the tid in the cache until that is known."""
+        return self.tid or self.name[TID_SIZE:]
+
+
+class BlobServices:
+    """What transactions share: where staged files go, how they are uploaded, who may delete.
+
+    :param float grace: seconds that an object without a reference is left alone by sweeps.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        cache: Any,
+        loader: Any,
+        pool: UploadPool,
+        open_keys: OpenKeys,
+        temp_dir: str,
+        grace: float,
+        clocks: Callable[[], tuple[float, float]] = clocks,
+    ) -> None:
+        self.client = client
+        self.cache = cache
+        self.loader = loader
+        self.pool = pool
+        self.open_keys = open_keys
+        self.temp_dir = temp_dir
+        self.grace = grace
+        self.clocks = clocks
+
+
+def remove_quietly(path: str | None) -> None:
+    """Remove a file on which the outcome of its transaction does not depend; never raises."""
+    try:
+        if path is not None:
+            os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        logger.exception("staged file stays path=%s", path)

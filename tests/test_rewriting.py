@@ -1,0 +1,255 @@
+"""The way back from references: afterwards every blob is where older versions look for it."""
+
+import itertools
+import threading
+import time
+
+import pytest
+from ZODB.blob import Blob
+from ZODB.config import storageFromString
+from ZODB.Connection import TransactionMetaData
+from ZODB.DB import DB
+from ZODB.POSException import ReadOnlyError
+from ZODB.utils import p64
+from ZODB.utils import u64
+
+from zodb_s3blobs import rewriting
+from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.records import read_reference
+
+from .services.location import keys
+from .storages import BLOB_RECORD
+from .storages import Failure
+from .storages import make_storage
+from .storages import PLAIN_RECORD
+from .storages import random_bytes
+from .storages import read
+from .storages import write_file
+
+
+COUNT = 5
+
+
+class Site:
+    """A database over RelStorage; some of its blobs have two revisions."""
+
+    def __init__(self, location, directory, keep_history):
+        self.location = location
+        self.directory = directory
+        self.keep_history = keep_history
+        self.open()
+        with self.db.transaction() as conn:
+            for number in range(COUNT):
+                conn.root()[number] = Blob(contents(number, "first"))
+        for number in (1, 2, 3):
+            self.write(number, "second")
+
+    def open(self, cache="cache", **options):
+        base = relstorage(self.directory, self.keep_history, **options)
+        self.storage, self.client = make_storage(
+            self.location, self.directory, cache, base=base, gc_grace=0.0
+        )
+        self.db = DB(self.storage)
+
+    def reopen(self, cache, **options):
+        self.db.close()
+        self.open(cache, **options)
+
+    def write(self, number, revision):
+        with self.db.transaction() as conn, conn.root()[number].open("w") as file:
+            file.write(contents(number, revision))
+
+    def names(self):
+        """Return (oid, serial) of the current revisions of the blobs, by number."""
+        with self.db.transaction() as conn:
+            for blob in conn.root().values():
+                blob._p_activate()
+            return {number: (b._p_oid, b._p_serial) for number, b in conn.root().items()}
+
+    def stamp(self, number):
+        oid, _serial = self.names()[number]
+        return read_reference(self.record(oid))
+
+    def record(self, oid):
+        instance = self.storage.new_instance()
+        try:
+            return instance.load(oid)[0]
+        finally:
+            instance.release()
+
+    def check_contents(self, without=()):
+        with self.db.transaction() as conn:
+            for number, blob in conn.root().items():
+                if number not in without:
+                    revision = "second" if number in (1, 2, 3) else "first"
+                    assert read(blob) == contents(number, revision)
+
+    def check_left(self):
+        """All blobs are under their tids with their bytes, and after a pack nothing else is."""
+        names = self.names()
+        for number, name in names.items():
+            assert blob_key(*name) in keys(self.location)
+            assert self.stamp(number) is None
+        self.db.pack(time.time() + 1)
+        assert keys(self.location) == sorted(blob_key(*name) for name in names.values())
+        self.reopen("cold")
+        assert self.names() == names
+        self.check_contents()
+
+
+def relstorage(directory, keep_history, **options):
+    lines = [f"{name.replace('_', '-')} {value}" for name, value in options.items()]
+    history = f"keep-history {str(keep_history).lower()}"
+    inner = "\n".join([history, *lines, f"<sqlite3>\ndata-dir {directory}/sqlite\n</sqlite3>"])
+    return storageFromString(f"%import relstorage\n<relstorage>\n{inner}\n</relstorage>")
+
+
+def contents(number, revision):
+    return random_bytes((number, revision), 1000)
+
+
+@pytest.fixture(params=[True, False], ids=["history", "history-free"])
+def site(request, s3, tmp_path):
+    site = Site(s3, tmp_path, request.param)
+    yield site
+    site.db.close()
+
+
+def test_all_blobs_come_under_their_tids(site):
+    """After one run no current record has a reference, and a second run has nothing to do."""
+    report = site.storage.rewrite_by_tid()
+    assert (report.rewritten, report.missing) == (COUNT, 0)
+    again = site.storage.rewrite_by_tid()
+    assert (again.copied, again.rewritten, again.missing) == (0, 0, 0)
+    site.check_left()
+
+
+def test_revisions_that_stay_get_copies(s3, tmp_path):
+    """With history, each revision that has a reference is under its own tid, too."""
+    site = Site(s3, tmp_path, keep_history=True)
+    before = set(site.names().values())
+    site.write(1, "third")
+    report = site.storage.rewrite_by_tid()
+    assert (report.copied, report.rewritten) == (COUNT + 4, COUNT)
+    assert {blob_key(*name) for name in before | set(site.names().values())} <= set(keys(s3))
+    site.db.close()
+
+
+def test_records_are_as_plain_zodb_writes_them(site):
+    """What remains in the base is byte for byte what a Blob's record is without this package."""
+    site.storage.rewrite_by_tid()
+    for oid, _serial in site.names().values():
+        assert site.record(oid) == BLOB_RECORD
+
+
+def test_run_that_s3_stopped_is_continued(site, monkeypatch):
+    """A failing copy stops the run with an error; all stays readable, the next run ends it."""
+    monkeypatch.setattr(rewriting, "BATCH", 2)
+    copies_before = 2 * COUNT if site.keep_history else 3
+    fail = Failure()
+    site.client.before["copy_object"] = lambda *args: (
+        fail() if site.client.count("copy_object") > copies_before else None
+    )
+    with pytest.raises(TransientS3Error):
+        site.storage.rewrite_by_tid()
+    assert 0 < [site.stamp(number) for number in range(COUNT)].count(None) < COUNT
+    site.check_contents()
+    site.client.before.clear()
+    assert 0 < site.storage.rewrite_by_tid().rewritten < COUNT
+    site.check_left()
+
+
+def test_aborted_batch_leaves_no_copies(s3, tmp_path):
+    """What a failing batch had copied for its own transaction is deleted again."""
+    site = Site(s3, tmp_path, keep_history=False)
+    before = keys(s3)
+    fail, calls = Failure(), itertools.count(1)
+    site.client.after["copy_object"] = lambda *args: fail() if next(calls) == 3 else None
+    with pytest.raises(TransientS3Error):
+        site.storage.rewrite_by_tid()
+    assert keys(s3) == before
+    site.db.close()
+
+
+def test_change_by_others_meanwhile_is_kept(site):
+    """What another connection commits between the copy and the record is what remains."""
+
+    def change_once(*args):
+        del site.client.after["copy_object"]
+        site.write(2, "third")
+
+    site.client.after["copy_object"] = change_once
+    site.storage.rewrite_by_tid()
+    site.reopen("cold")
+    with site.db.transaction() as conn:
+        assert read(conn.root()[2]) == contents(2, "third")
+        assert read(conn.root()[1]) == contents(1, "second")
+    assert site.stamp(2) is None
+
+
+def test_tid_is_never_below_one_that_others_committed(site):
+    """Whoever commits with a later tid meanwhile makes the run choose another one, or give up."""
+
+    def commit_an_hour_ahead(*args):
+        with site.lock:
+            instance = site.storage.new_instance()
+            tid = p64(u64(instance.lastTransaction()) + 60 * (1 << 32))
+            transaction = TransactionMetaData()
+            instance.tpc_begin(transaction, tid)
+            instance.restore(p64(9999), tid, PLAIN_RECORD, "", None, transaction)
+            instance.tpc_vote(transaction)
+            instance.tpc_finish(transaction)
+            instance.release()
+
+    site.lock = threading.Lock()
+    before = site.names()
+    site.client.after["copy_object"] = commit_an_hour_ahead
+    with pytest.raises(TransientS3Error):
+        site.storage.rewrite_by_tid()
+    del site.client.after["copy_object"]
+    site.reopen("cold")
+    assert site.names() == before
+    site.check_contents()
+    assert site.storage.rewrite_by_tid().rewritten == COUNT
+
+
+def test_blob_that_is_nowhere_is_left_as_it_is(site):
+    """One missing blob does not keep the others from being rewritten, and is counted."""
+    oid, _serial = site.names()[4]
+    stamp = site.stamp(4)
+    site.client.delete_object(blob_key(oid, stamp))
+    # Of a transaction that was lost; without a key its oid would not be met at all.
+    path = write_file(b"lost", site.directory)
+    site.client.upload_file(path, blob_key(oid, b"\1" * 16))
+    site.reopen("cold")
+    report = site.storage.rewrite_by_tid()
+    assert (report.rewritten, report.missing) == (COUNT - 1, 1)
+    assert read_reference(site.record(oid)) == stamp
+    site.check_contents(without=[4])
+
+
+def test_read_only_storage_refuses(site):
+    """Nothing is asked of S3 for a base that cannot be written."""
+    site.db.close()
+    base = relstorage(site.directory, site.keep_history, read_only="true")
+    storage, client = make_storage(site.location, site.directory, "read-only", base=base)
+    with pytest.raises(ReadOnlyError):
+        storage.rewrite_by_tid()
+    assert client.calls == []
+    storage.close()
+
+
+def test_filestorage_that_took_over_references_is_rewritten(site, s3, tmp_path):
+    """A copy of the database in a FileStorage carries them, too, until it is rewritten."""
+    copy, _client = make_storage(s3, tmp_path, "copy", gc_grace=0.0)
+    copy.copyTransactionsFrom(site.storage)
+    report = copy.rewrite_by_tid()
+    assert (report.rewritten, report.missing) == (COUNT, 0)
+    db = DB(copy)
+    with db.transaction() as conn:
+        for number, blob in conn.root().items():
+            revision = "second" if number in (1, 2, 3) else "first"
+            assert read(blob) == contents(number, revision)
+            assert blob_key(blob._p_oid, blob._p_serial) in keys(s3)
+    db.close()
