@@ -140,7 +140,7 @@ def _large(server, directory, location):
             return timed(lambda: client.put_object(**put))
 
     def commit(root):
-        _link(root, path)
+        link_to_blob(root, path)
         return timed(transaction.commit)
 
     (directory / "one").mkdir()
@@ -160,7 +160,7 @@ def _large(server, directory, location):
     ]
 
 
-def _link(root, path):
+def link_to_blob(root, path):
     """Put a blob with the bytes of a file into the root without copying them."""
     link = f"{path}-{os.urandom(4).hex()}"
     os.link(path, link)
@@ -174,7 +174,7 @@ def _commit_large(location, measure):
         path = random_file(directory / "source", BIG)
         root["blob"] = Blob(b"first")
         transaction.commit()
-        _link(root, path)
+        link_to_blob(root, path)
         before = measure()
         transaction.commit()
         return measure() - before

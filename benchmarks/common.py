@@ -55,6 +55,11 @@ def within(limit, what, server, unit, ours, reference=None):
     return Row(what, server, unit, ours, reference, f"<= {limit:g} {unit}", ours <= limit)
 
 
+def for_information(what, server, unit, ours, reference):
+    """Return the row of a figure without a goal."""
+    return Row(what, server, unit, ours, reference, "", True)
+
+
 def alternate(rounds, *works):
     """Run functions in turn, so that what else the machine does meets all of them.
 

@@ -10,6 +10,7 @@ prints "ready PORT" when it listens. It serves each connection in a thread of it
 
 import argparse
 from bisect import bisect_right
+from email.utils import formatdate
 import hashlib
 import mmap
 from pathlib import Path
@@ -131,7 +132,7 @@ class Handler(socketserver.StreamRequestHandler):
     def _list(self, query):
         if "continuation-token" not in query:
             self.server.sorted = sorted(self.server.keys)
-        after = query.get("continuation-token", [""])[0]
+        [after] = query.get("continuation-token") or query.get("start-after", [""])
         prefix = query.get("prefix", [""])[0]
         start = bisect_right(self.server.sorted, after)
         rest = [key for key in self.server.sorted[start:] if key.startswith(prefix)]
@@ -148,7 +149,7 @@ class Handler(socketserver.StreamRequestHandler):
         ).encode()
 
     def _send(self, body, **headers):
-        headers = {"ETag": '"0"', **headers}
+        headers = {"ETag": '"0"', "Date": formatdate(usegmt=True), **headers}
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{''.join(lines)}\r\n".encode()
         if len(body) < 1 << 16:

@@ -121,11 +121,7 @@ class Bench:
 
     def _bare(self, base, client, bucket):
         base.pack(time.time(), referencesf)
-        listed = set(_listing(client, bucket))
-        garbage = [key for key in self._garbage if key in listed]
-        for start in range(0, len(garbage), BATCH):
-            objects = [{"Key": key} for key in garbage[start : start + BATCH]]
-            client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+        delete_garbage(client, bucket, self._garbage)
 
     def ours(self):
         """Pack through the storage; return the seconds."""
@@ -134,6 +130,15 @@ class Bench:
             seconds = timed(db.storage.pack, time.time(), referencesf)
             db.close()
         return seconds
+
+
+def delete_garbage(client, bucket, garbage):
+    """List a bucket and delete the garbage in it, with plain boto3."""
+    listed = set(_listing(client, bucket))
+    garbage = [key for key in garbage if key in listed]
+    for start in range(0, len(garbage), BATCH):
+        objects = [{"Key": key} for key in garbage[start : start + BATCH]]
+        client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
 
 
 def _listing(client, bucket):
