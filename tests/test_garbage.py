@@ -822,17 +822,27 @@ class TestRelStorage:
         assert keys(s3) == sorted([blob_key(OID, stamp), blob_key(OTHER, p64(77))])
 
     @pytest.mark.parametrize("dry_run", [True, False])
-    def test_only_a_sweep_that_deletes_waits_for_undo(self, s3, tmp_path, dry_run):
-        """A dry run writes nothing, and neither does one that has found nothing."""
+    def test_only_a_sweep_that_deletes_waits_for_undo(self, s3, tmp_path, monkeypatch, dry_run):
+        """A dry run takes no lock, and neither does one that has found nothing; none writes."""
+        from relstorage.adapters.sqlite.adapter import Sqlite3Adapter
+
+        lock, locked = Sqlite3Adapter.lock_database_and_choose_next_tid, []
+        monkeypatch.setattr(
+            Sqlite3Adapter,
+            "lock_database_and_choose_next_tid",
+            lambda *args: locked.append(1) or lock(*args),
+        )
         storage, client = make_storage(s3, tmp_path, base=open_relstorage(tmp_path), gc_grace=GRACE)
         commit_record(storage, HIGHEST)
         commit_blob(storage, OID, b"ours")
         later(client, GRACE + 1)
+        del locked[:]
         assert counts(storage, dry_run) == KEPT
-        assert len(list(storage.iterator())) == 2
+        assert locked == []
         put(s3, blob_key(OID, new_stamp()))
         assert counts(storage, dry_run)[3:] == (1, not dry_run)
-        assert len(list(storage.iterator())) == (2 if dry_run else 3)
+        assert len(locked) == (0 if dry_run else 1)
+        assert len(list(storage.iterator())) == 2
         storage.close()
 
     def test_blob_that_an_undo_brings_back_while_the_sweep_asks_is_kept(self, s3, tmp_path):

@@ -253,3 +253,20 @@ def test_filestorage_that_took_over_references_is_rewritten(site, s3, tmp_path):
             assert read(blob) == contents(number, revision)
             assert blob_key(blob._p_oid, blob._p_serial) in keys(s3)
     db.close()
+
+
+def test_connections_over_a_filestorage_see_the_new_revisions(site, s3, tmp_path):
+    """An object that a pooled connection has loaded is read again after a pack and an eviction."""
+    storage, _client = make_storage(s3, tmp_path, "copy", cache_size=1)
+    storage.copyTransactionsFrom(site.storage)
+    db = DB(storage)
+    conn = db.open()
+    assert read(conn.root()[1]) == contents(1, "second")
+    conn.close()
+    storage.rewrite_by_tid()
+    db.pack(time.time() + 1)
+    conn = db.open()
+    assert read(conn.root()[2]) == contents(2, "second")  # which takes the place in the cache
+    assert read(conn.root()[1]) == contents(1, "second")
+    conn.close()
+    db.close()

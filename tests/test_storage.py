@@ -1,11 +1,13 @@
 """S3BlobStorage: blobs through connections, undo, restore, foreign transactions, wrappers."""
 
+from binascii import unhexlify
 from contextlib import contextmanager
 import io
 import os
 
 import pytest
 import transaction
+from zc.zlibstorage import ZlibStorage
 from ZODB.blob import Blob
 from ZODB.config import databaseFromString
 from ZODB.Connection import TransactionMetaData
@@ -1183,3 +1185,61 @@ def test_references_in_transformed_records_are_found(s3, tmp_path, keep_history,
     with db.transaction() as conn:
         assert read(conn.root()["blob"]) == expected
     db.close()
+
+
+def test_two_different_wrappers_around_and_inside_are_undone_in_their_order(s3, tmp_path):
+    """Sweep, undo and rewriting read records once through each of them."""
+
+    class Outer(HexStorage):
+        def new_instance(self):
+            return Outer(self.base.new_instance())
+
+        def load(self, oid, version=""):
+            data, serial = self.base.load(oid)
+            return unhexlify(data[2:]), serial
+
+    # Of a class of its own: a RelStorage changes the class around it.
+    inner = type("Inner", (ZlibStorage,), {})(open_relstorage(tmp_path))
+    storage, client = make_storage(s3, tmp_path, base=inner, gc_grace=0)
+    db = DB(Outer(storage))
+    for data in (b"1", b"2"):
+        with db.transaction() as conn:
+            conn.root()["blob"] = conn.root().get("blob") or Blob()
+            with conn.root()["blob"].open("w") as file:
+                file.write(data)
+    client.upload_file(__file__, blob_key(p64(1), b"orphan of 16 b.."))
+    report = storage.sweep()
+    assert (report.kept, report.deleted) == (2, 1)
+    undo(db, 0)
+    with db.transaction() as conn:
+        assert read(conn.root()["blob"]) == b"1"
+    assert storage.rewrite_by_tid().rewritten == 1
+    with db.transaction() as conn:
+        assert read(conn.root()["blob"]) == b"1"
+    db.close()
+
+
+def test_instance_released_in_the_middle_of_a_transaction_leaves_nothing(relstorage, s3):
+    """Neither an object that no sweep may take nor a staged file."""
+    instance = relstorage.new_instance()
+    txn = TransactionMetaData()
+    instance.tpc_begin(txn)
+    store_blob(instance, txn, OID, b"bytes")
+    instance.release()
+    assert (keys(s3), leftovers(relstorage)) == ([], [])
+    assert relstorage.sweep().in_flight == 0
+
+
+def test_copy_from_an_instance_with_an_older_view_has_all_blobs(s3, tmp_path):
+    """The iterator shows what another process has stored since; so do its blobs."""
+    source, _client = make_storage(s3, tmp_path, "one", base=open_relstorage(tmp_path))
+    other, _client = make_storage(s3, tmp_path, "two", base=open_relstorage(tmp_path))
+    commit_blob(other, p64(1), b"first")
+    source.load(p64(1))  # from here on the source's own view stands still
+    tid = commit_blob(other, p64(2), b"second")
+    location = new_bucket(s3)
+    target, _client = make_storage(location, tmp_path, "target")
+    target.copyTransactionsFrom(source)
+    assert load(target, p64(2), tid) == b"second"
+    for storage in (source, other, target):
+        storage.close()

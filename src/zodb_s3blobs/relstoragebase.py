@@ -121,16 +121,17 @@ class RelStorageBase:
         return state.transaction if state else None
 
     def settle(self) -> None:
-        # An undo, in whatever process, holds the commit lock until its end.
+        # An undo, in whatever process, holds the commit lock until its end. We take it as a commit
+        # does, and give it back: a transaction without objects would be seen in the undo log.
         with self.writer() as instance:
-            transaction = TransactionMetaData(description="let undo end before a sweep")
+            transaction = TransactionMetaData()
             instance.tpc_begin(transaction)
             try:
-                instance.tpc_vote(transaction)
-            except BaseException:
+                relstorage = innermost(instance)
+                cursor = relstorage._tpc_phase.shared_state.store_connection.cursor
+                relstorage._adapter.lock_database_and_choose_next_tid(cursor, b"", b"", b"")
+            finally:
                 instance.tpc_abort(transaction)
-                raise
-            instance.tpc_finish(transaction)
 
     def copied(self) -> None:
         # As RelStorage does after a copy of its own: its tables have changed as a whole.
