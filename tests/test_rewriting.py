@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+import transaction
 from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.Connection import TransactionMetaData
@@ -17,6 +18,7 @@ from zodb_s3blobs import rewriting
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.records import read_reference
+from zodb_s3blobs.relstoragebase import RelStorageBase
 
 from .services.location import keys
 from .storages import BLOB_RECORD
@@ -25,6 +27,7 @@ from .storages import make_storage
 from .storages import PLAIN_RECORD
 from .storages import random_bytes
 from .storages import read
+from .storages import start
 from .storages import write_file
 
 
@@ -195,11 +198,11 @@ def test_tid_is_never_below_one_that_others_committed(site):
         with site.lock:
             instance = site.storage.new_instance()
             tid = p64(u64(instance.lastTransaction()) + 60 * (1 << 32))
-            transaction = TransactionMetaData()
-            instance.tpc_begin(transaction, tid)
-            instance.restore(p64(9999), tid, PLAIN_RECORD, "", None, transaction)
-            instance.tpc_vote(transaction)
-            instance.tpc_finish(transaction)
+            txn = TransactionMetaData()
+            instance.tpc_begin(txn, tid)
+            instance.restore(p64(9999), tid, PLAIN_RECORD, "", None, txn)
+            instance.tpc_vote(txn)
+            instance.tpc_finish(txn)
             instance.release()
 
     site.lock = threading.Lock()
@@ -270,3 +273,43 @@ def test_connections_over_a_filestorage_see_the_new_revisions(site, s3, tmp_path
     assert read(conn.root()[1]) == contents(1, "second")
     conn.close()
     db.close()
+
+
+@pytest.mark.parametrize("keep_history", [True, False])
+def test_nobody_commits_between_the_check_of_the_tid_and_the_end(
+    s3, tmp_path, postgresql, monkeypatch, keep_history
+):
+    """On PostgreSQL, too: others would never learn of a revision below what they have seen."""
+    section = (
+        f"<relstorage>\nkeep-history {str(keep_history).lower()}\n<postgresql>\n"
+        f"dsn {postgresql.new_database()}\n</postgresql>\n</relstorage>"
+    )
+
+    def opened(cache):
+        base = storageFromString(f"%import relstorage\n{section}")
+        return make_storage(s3, tmp_path, cache, base=base)[0]
+
+    db, other = DB(opened("one")), opened("two")
+    with db.transaction() as conn:
+        conn.root()["blob"] = Blob(b"first")
+    conn = db.open(transaction.TransactionManager())
+    hold, committing = RelStorageBase.hold_commits, []
+
+    def hold_then_commit_elsewhere(self, instance):
+        hold(self, instance)
+        conn.root()["number"] = 1
+        committing.append(start(conn.transaction_manager.commit))
+        committing[0].join(0.3)
+        assert committing[0].is_alive()
+
+    monkeypatch.setattr(RelStorageBase, "hold_commits", hold_then_commit_elsewhere)
+    assert other.rewrite_by_tid().rewritten == 1
+    committing[0].result()
+    conn.transaction_manager.begin()
+    with conn.root()["blob"].open("w") as file:
+        file.write(b"second")
+    conn.transaction_manager.commit()
+    assert read(conn.root()["blob"]) == b"second"
+    conn.close()
+    db.close()
+    other.close()

@@ -114,6 +114,9 @@ class Base(Protocol):
     def settle(self) -> None:
         """Wait until what is being undone shows in a new snapshot."""
 
+    def hold_commits(self, instance: Any) -> None:
+        """Keep others from committing until the transaction of a writer, which has voted, ends."""
+
     def running(self) -> Any:
         """Return the transaction that has begun, or None."""
 

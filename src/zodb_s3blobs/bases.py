@@ -39,9 +39,9 @@ def base_of(storage: Any, addressing: str = "auto") -> Base:
     """
     if IBlobStorage.providedBy(storage):
         raise ValueError(
-            f"{storage!r} has a blob directory of its own, where undo would look for files that"
-            " are in S3. Use a FileStorage, a MappingStorage or a RelStorage without blob-dir, and"
-            " name the directory, where there is one, as a <blobdir-source>"
+            f"this {type(storage).__name__} has a blob directory of its own, where undo would look"
+            " for files that are in S3. Use a FileStorage, a MappingStorage or a RelStorage without"
+            " blob-dir, and name the directory, where there is one, as a <blobdir-source>"
         )
     inside = innermost(storage)
     base: Base | None = None
@@ -53,13 +53,14 @@ def base_of(storage: Any, addressing: str = "auto") -> Base:
         mode = "tid" if base.tells_tid else "record"
         if addressing not in ("auto", mode):
             raise ValueError(
-                f"{storage!r} needs addressing {mode}, which is what auto means for it"
+                f"addressing {addressing} does not fit a {type(inside).__name__}, which needs"
+                f" addressing {mode}: leave the key out, or say auto"
             )
         return base
     raise ValueError(
-        f"{storage!r} cannot be wrapped: it does not tell the tid of a transaction in time, and"
-        " which revisions survive its pack is not known. Use a FileStorage, a MappingStorage or a"
-        " RelStorage"
+        f"a {type(inside).__name__} cannot be wrapped: it does not tell the tid of a transaction in"
+        " time, and which revisions survive its pack is not known. Use a FileStorage, a"
+        " MappingStorage or a RelStorage"
     )
 
 
@@ -122,6 +123,9 @@ class TidBase:
 
     def settle(self) -> None:
         pass
+
+    def hold_commits(self, instance: Any) -> None:
+        pass  # a transaction that has begun does
 
     def running(self) -> Any:
         return self._base.tpc_transaction()

@@ -248,6 +248,7 @@ class TransactionBlobs:
             if attempt == RENEWALS:
                 break
             logger.info("upload renewed count=%d %s", len(old), self)
+            self._release_room()  # which an earlier vote has reserved by the old stamps
             for blob in old:
                 if blob.store is not None:
                     self._give_up_object(blob)
@@ -323,12 +324,12 @@ class TransactionBlobs:
             cleanup.future.result(ABORT_TIMEOUT)
         except S3OperationError as error:
             # The transaction is aborted; what remains in the bucket is garbage for a sweep.
-            logger.warning("abort left objects behind %s: %s", self, error)
+            logger.warning("abort may have left objects behind %s: %s", self, error)
         except FutureTimeout:
             logger.warning("abort goes on in the background %s", self)
         except Exception:
             # Whatever it is, the base has aborted, and the caller has nothing left to undo.
-            logger.exception("abort left objects behind %s", self)
+            logger.exception("abort may have left objects behind %s", self)
 
     def _clean_up(self, delete: bool) -> None:
         try:

@@ -25,7 +25,7 @@ def copy_transactions(source: Any, target: Any, transform: Callable[[bytes], byt
     :param transform: makes of a record what the target stores.
     """
     blobs = source if _has_blobs(source) else None
-    without = 0
+    count = without = 0
     iterator = source.iterator()
     try:
         for record in iterator:
@@ -41,9 +41,11 @@ def copy_transactions(source: Any, target: Any, transform: Callable[[bytes], byt
                 target.tpc_abort(transaction)
                 raise
             target.tpc_finish(transaction)
+            count += 1
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
+    logger.info("copied transactions=%d", count)
     if without:
         reason = "missing" if blobs is not None else "the source has no place for blobs"
         logger.warning("copied without their blobs count=%d: %s", without, reason)

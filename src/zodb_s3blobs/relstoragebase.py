@@ -4,13 +4,12 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import contextmanager
+import os
 from typing import Any
 
 from ZODB.Connection import TransactionMetaData
 from ZODB.interfaces import IStorageWrapper
 from ZODB.POSException import POSKeyError
-from ZODB.POSException import ReadOnlyError
-from ZODB.utils import maxtid
 from ZODB.utils import p64
 from ZODB.utils import u64
 
@@ -28,6 +27,8 @@ from .basecontract import Wanted
 
 # Bytes; a blob's record has some sixty, and a few more where wrappers change it.
 LARGEST_BLOB_RECORD = 4096
+# RelStorage gives out oids in blocks of these.
+OIDS_AT_ONCE = 16
 
 
 class RelStorageBase:
@@ -51,7 +52,9 @@ class RelStorageBase:
     def database(self) -> str:
         # The sort key differs from opening to opening, and may show a password.
         path = getattr(self._relstorage._adapter.connmanager, "path", None)  # of SQLite
-        return path or f"database {self._relstorage._options.cache_prefix}"
+        if path:
+            return os.path.realpath(path)
+        return f"database {self._relstorage._options.cache_prefix}"
 
     def tid(self) -> bytes | None:
         # It picks one in tpc_finish, under its commit lock.
@@ -95,15 +98,6 @@ class RelStorageBase:
         finally:
             instance.release()
 
-    def highest_oid(self) -> bytes:
-        try:
-            with self.writer() as instance:
-                # The first that an instance gives out is above all that were given out before.
-                return p64(u64(instance.new_oid()) - 1)
-        except ReadOnlyError:
-            highest: bytes = maxtid
-            return highest
-
     @contextmanager
     def untransforming(self) -> Iterator[Callable[[bytes], bytes]]:
         """Give what undoes the work of wrappers between RelStorage and us."""
@@ -113,6 +107,14 @@ class RelStorageBase:
                 yield wrapper.untransform_record_data
         else:
             yield bytes
+
+    def hold_commits(self, instance: Any) -> None:
+        relstorage = innermost(instance)
+        if type(relstorage._adapter).__name__ == "PostgreSQLAdapter":
+            # A transaction that begins with a tid has a lock of rows there. Commits take this one,
+            # after those of objects; it is free again with the end of the transaction.
+            cursor = relstorage._tpc_phase.shared_state.store_connection.cursor
+            cursor.execute("SELECT pg_advisory_xact_lock(-1)")
 
     def running(self) -> Any:
         # Not tpc_transaction, which fails while RelStorage restores.
@@ -151,7 +153,21 @@ class _RelStorageSnapshot:
         return tid
 
     def highest_oid(self) -> bytes:
-        return self._base.highest_oid()
+        # Not new_oid: who asks must not change the answer. Neither does any method tell.
+        self._cursor.execute("SELECT MAX(zoid) FROM object_state")
+        ((stored,),) = self._cursor.fetchall()
+        return p64(max(stored or 0, self._count_blocks() * OIDS_AT_ONCE))
+
+    def _count_blocks(self) -> int:
+        kind, count = type(self._adapter).__name__, 0
+        if kind == "PostgreSQLAdapter":
+            self._cursor.execute("SELECT last_value FROM zoid_seq WHERE is_called")
+            count = sum(row[0] for row in self._cursor.fetchall())
+        elif kind == "Sqlite3Adapter":
+            allocator = self._adapter.oidallocator
+            with allocator.lock:
+                ((count,),) = allocator._connect().execute("SELECT zoid FROM new_oid").fetchall()
+        return count
 
     def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
         for oid, revisions in self.revisions(wanted):

@@ -8,6 +8,7 @@ from itertools import groupby
 from itertools import islice
 import logging
 from operator import itemgetter
+import random
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.POSException import ConflictError
 from ZODB.POSException import POSKeyError
 from ZODB.utils import newTid
+from ZODB.utils import p64
 from ZODB.utils import u64
 
 from .basecontract import Base
@@ -37,6 +39,8 @@ Names = dict[bytes, set[bytes]]
 # Records rewritten by one transaction, and how often it is tried.
 BATCH = 100
 ATTEMPTS = 5
+# Some milliseconds, in units of a tid
+TID_ROOM = 1 << 20
 # Seconds by which a tid may be ahead of the clock.
 LONGEST_LEAD = 60.0
 
@@ -208,27 +212,37 @@ class TidRewriter:
         self, storage: Any, transaction: TransactionMetaData, current: list[_Current], tid: bytes
     ) -> bool:
         """Store the records and vote on them, unless the tid is no longer above all others."""
-        storage.tpc_begin(transaction, tid)
         try:
-            with self._base.snapshot() as snapshot:
-                if snapshot.last_transaction() >= tid:
-                    storage.tpc_abort(transaction)
-                    return False
+            storage.tpc_begin(transaction, tid)
+        except Exception:
+            # The base may refuse a tid that is there; it has aborted then.
+            if self._last_transaction() < tid:
+                raise
+            return False
+        try:
             for revision in current:
                 record = self._strip(revision.record)
                 storage.store(revision.oid, revision.tid, record, "", transaction)
             storage.tpc_vote(transaction)
+            self._base.hold_commits(storage)
+            # SQLite shows our own.
+            if self._last_transaction() > tid:
+                storage.tpc_abort(transaction)
+                return False
         except BaseException:
             storage.tpc_abort(transaction)
             raise
         return True
 
-    def _choose_tid(self, lead: float) -> bytes:
+    def _last_transaction(self) -> bytes:
         with self._base.snapshot() as snapshot:
-            last = snapshot.last_transaction()
+            return snapshot.last_transaction()
+
+    def _choose_tid(self, lead: float) -> bytes:
+        last = self._last_transaction()
         if lead:
             now = time.time() + lead
             ahead = TimeStamp(*time.gmtime(now)[:5], now % 60).raw()
             last = max(last, ahead)
-        tid: bytes = newTid(last)
-        return tid
+        # Not the next one: others may choose that.
+        return p64(u64(newTid(last)) + random.randrange(1, TID_ROOM))

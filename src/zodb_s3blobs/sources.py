@@ -12,6 +12,7 @@ from zope.interface import implementer
 from .interfaces import IBlobSource
 
 
+LAYOUTS = ("bushy", "lawn")
 # Of a lawn, or of the first level of a bush
 _OID = re.compile(r"0x[0-9a-f]{1,16}")
 
@@ -32,8 +33,13 @@ class BlobDirSource:
         names = os.listdir(path)
         if names and not os.path.exists(marker) and not any(map(_OID.fullmatch, names)):
             raise ValueError(f"{path} is no blob directory: nothing in it is named like an oid")
-        self._files = FilesystemHelper(path, layout)
         marked = auto_layout_select(path)
+        if marked not in LAYOUTS:
+            raise ValueError(
+                f"{path} has the layout {marked}: a cache of blobs that are elsewhere, such as in a"
+                " RelStorage's database or on a ZEO server, is no source of them"
+            )
+        self._files = FilesystemHelper(path, layout)
         if os.path.exists(marker) and marked != self._files.layout_name:
             raise ValueError(f"{path} has the layout {marked}, not {layout}")
         self._landmark = os.path.abspath(marker if os.path.exists(marker) else path)

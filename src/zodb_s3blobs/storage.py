@@ -411,7 +411,7 @@ class S3BlobStorage:
         :raises ReadOnlyError: when the base is read-only, unless dry_run.
         """
         if not dry_run and self.__base.isReadOnly():
-            raise ReadOnlyError()
+            raise ReadOnlyError("a sweep deletes: open the storage inside for writing")
         report: SweepReport = self.__shared.sweeper.sweep(dry_run)
         return report
 
@@ -427,7 +427,7 @@ class S3BlobStorage:
         :raises ReadOnlyError: when the base is read-only.
         """
         if self.__base.isReadOnly():
-            raise ReadOnlyError()
+            raise ReadOnlyError("rewriting stores records: open the storage inside for writing")
 
         def strip(record: bytes) -> bytes:
             return self.__transform(without_reference(self.__untransform(record)))
