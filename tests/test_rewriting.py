@@ -10,6 +10,7 @@ from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
+from ZODB.POSException import ConflictError
 from ZODB.POSException import ReadOnlyError
 from ZODB.utils import p64
 from ZODB.utils import u64
@@ -313,3 +314,55 @@ def test_nobody_commits_between_the_check_of_the_tid_and_the_end(
     conn.close()
     db.close()
     other.close()
+
+
+@pytest.mark.parametrize("keep_history", [True, False])
+def test_rewriting_beside_writers_that_never_pause(s3, tmp_path, postgresql, keep_history):
+    """Nobody meets another error than a conflict, and what was committed last is what is there."""
+    section = (
+        f"<relstorage>\nkeep-history {str(keep_history).lower()}\n<postgresql>\n"
+        f"dsn {postgresql.new_database()}\n</postgresql>\n</relstorage>"
+    )
+
+    def opened(cache):
+        base = storageFromString(f"%import relstorage\n{section}")
+        return make_storage(s3, tmp_path, cache, base=base)[0]
+
+    db, other, count = DB(opened("one")), opened("two"), 40
+    with db.transaction() as conn:
+        for number in range(count):
+            conn.root()[number] = Blob(b"0")
+    stop, last = threading.Event(), {}
+
+    def write(first):
+        manager = transaction.TransactionManager()
+        conn = db.open(manager)
+        # Each blob has one writer, so that what it has committed last is known.
+        for turn in itertools.count(1):
+            number = first + 2 * (turn % (count // 2))
+            manager.begin()
+            try:
+                with conn.root()[number].open("w") as file:
+                    file.write(b"%d" % turn)
+                manager.commit()
+                last[number] = b"%d" % turn
+            except ConflictError:
+                manager.abort()
+            if stop.is_set():
+                return conn.close()
+
+    writers = [start(write, first) for first in (0, 1)]
+    other.rewrite_by_tid()
+    stop.set()
+    for writer in writers:
+        writer.result()
+    other.rewrite_by_tid()
+    assert other.rewrite_by_tid().rewritten == 0
+    db.close()
+    other.close()
+    db = DB(opened("cold"))
+    with db.transaction() as conn:
+        for number, blob in conn.root().items():
+            assert read(blob) == last.get(number, b"0")
+            assert blob_key(blob._p_oid, blob._p_serial) in keys(s3)
+    db.close()

@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 from persistent.timestamp import TimeStamp
+from transaction.interfaces import TransientError
 from ZODB.Connection import TransactionMetaData
-from ZODB.POSException import ConflictError
 from ZODB.POSException import POSKeyError
 from ZODB.utils import newTid
 from ZODB.utils import p64
@@ -24,6 +24,7 @@ from .basecontract import Base
 from .basecontract import Read
 from .basecontract import Revisions
 from .commit import TransactionBlobs
+from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 from .keys import parse_key
 from .keys import PREFIX
@@ -36,9 +37,9 @@ logger = logging.getLogger(__name__)
 # Names of keys by oid
 Names = dict[bytes, set[bytes]]
 
-# Records rewritten by one transaction, and how often it is tried.
+# Records rewritten by one transaction, and how often others may be faster without a pause.
 BATCH = 100
-ATTEMPTS = 5
+ATTEMPTS = 12
 # Some milliseconds, in units of a tid
 TID_ROOM = 1 << 20
 # Seconds by which a tid may be ahead of the clock.
@@ -105,7 +106,7 @@ class TidRewriter:
     def run(self) -> RewriteReport:
         """Rewrite all there is.
 
-        :raises ConflictError: when others change the same objects all the time.
+        :raises TransientError: when others commit all the time.
         :raises S3OperationError: when S3 fails; the next run goes on from there.
         """
         report = RewriteReport()
@@ -167,24 +168,38 @@ class TidRewriter:
         return count
 
     def _rewrite_current(self, oids: Iterable[bytes]) -> int:
-        lead = 0.0
-        for attempt in range(1, ATTEMPTS + 1):
+        """Give objects a revision without a reference, fewer at a time while others commit."""
+        parts, count, failures, lead = [list(oids)], 0, 0, 0.0
+        while parts:
+            part = parts.pop()
             begun = time.monotonic()
-            current = []
-            for oid, revisions in self._look(oids):
-                last = max(revisions, default=b"")
-                stamps = dict(self._stamps(revisions))
-                if last in stamps:
-                    current.append(_Current(oid, last, revisions[last] or b"", stamps[last]))
+            current = self._find_current(part)
             try:
                 if not current or self._commit(current, lead):
-                    return len(current)
-            except ConflictError:
-                if attempt == ATTEMPTS:
+                    count, failures = count + len(current), 0
+                    continue
+            except TransientError as error:  # as a conflict is
+                if isinstance(error, S3OperationError) or failures == ATTEMPTS:
                     raise
-            # Others commit meanwhile: next time with a tid that they have not come to by then.
+            if failures == ATTEMPTS:
+                break
+            failures += 1
+            # Next time with a tid that the others have not come to by then.
             lead = min(lead + 2 * (time.monotonic() - begun), LONGEST_LEAD)
+            half = (len(part) + 1) // 2
+            parts += filter(None, (part[half:], part[:half]))
+        else:
+            return count
         raise TransientS3Error("others commit faster than blobs can be copied; run it again later")
+
+    def _find_current(self, oids: Iterable[bytes]) -> list[_Current]:
+        current = []
+        for oid, revisions in self._look(oids):
+            last = max(revisions, default=b"")
+            stamps = dict(self._stamps(revisions))
+            if last in stamps:
+                current.append(_Current(oid, last, revisions[last] or b"", stamps[last]))
+        return current
 
     def _commit(self, current: list[_Current], lead: float) -> bool:
         """Give objects a revision without a reference; False when others were faster."""
