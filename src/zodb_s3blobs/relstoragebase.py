@@ -41,7 +41,7 @@ class RelStorageBase:
 
     def __init__(self, base: Any, root: Any = None) -> None:
         self._base = base
-        self._root = root or base
+        self._root = base if root is None else root  # an empty RelStorage is false
         self._relstorage = innermost(self._root)
         self.keeps_history: bool = self._relstorage.keep_history
         self.hides_undo = self.keeps_history

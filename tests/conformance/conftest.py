@@ -1,8 +1,11 @@
 """Fixtures of the conformance tests."""
 
+import functools
+import gc
 import itertools
 import tempfile
 
+from botocore.loaders import JSONFileLoader
 import pytest
 
 from ..services.location import new_bucket
@@ -17,6 +20,23 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "control: ZODB's own storage in place of ours, to tell whose failure it is"
     )
+
+
+@pytest.fixture(scope="package", autouse=True)
+def boto_descriptions():
+    """Descriptions of services are parsed once, not for each of a thousand storages: 0.2 s."""
+    load = functools.cache(JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda self, path: load(path))
+        yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def frozen_heap():
+    """What is loaded already is no garbage; each pack of RelStorage would look through it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +64,21 @@ def bucket(rclone):
 def opener_of(request):
     """Return the opener of storages of a kind; no server is asked for unless the kind needs one."""
     prefix = f"test-{next(numbers)}/"
+    databases = []
+
+    def new_database():
+        databases.append(server().new_database())
+        return databases[-1]
+
+    def server():
+        return request.getfixturevalue("postgresql")
 
     def opener_of(kind):
         location = request.getfixturevalue("bucket") if kind.s3 else None
-        return Opener(kind, location, prefix)
+        if kind.base == "postgresql":
+            server()
+        return Opener(kind, location, prefix, new_database)
 
-    return opener_of
+    yield opener_of
+    for dsn in databases:
+        server().drop_database(dsn)

@@ -20,6 +20,7 @@ from .opening import Kind
 WRAPPED = Kind("filestorage", s3=True)
 WRAPPED_HEX = Kind("filestorage", s3=True, wrapper="hexstorage")
 WRAPPED_MAPPING = Kind("mappingstorage", s3=True)
+WRAPPED_SQLITE = Kind("sqlite3", s3=True)
 PLAIN = Kind("filestorage", s3=False)
 
 # Not from MappingStorage to plain FileStorage: ZODB's own copy wants extension_bytes, which the
@@ -31,6 +32,11 @@ DIRECTIONS = [
     (WRAPPED, WRAPPED_HEX),
     (WRAPPED_HEX, WRAPPED),
     (WRAPPED_MAPPING, WRAPPED),
+    (PLAIN, WRAPPED_SQLITE),
+    (WRAPPED_SQLITE, PLAIN),
+    (WRAPPED, WRAPPED_SQLITE),
+    (WRAPPED_SQLITE, WRAPPED),
+    (WRAPPED_HEX, WRAPPED_SQLITE),
 ]
 BIG = b"0123456789abcdef" * 2**16
 
@@ -92,14 +98,17 @@ def make_history(storage):
 
 
 def contents(storage):
-    """Return what the transactions of a storage hold, blobs as size and digest."""
+    """Return what the transactions of a storage hold, blobs as size and digest.
+
+    Records come in the order of their oids, because RelStorage knows no other.
+    """
     return [
         (
             each.tid,
             each.description,
             [
                 (record.oid, record.data, blob_of(storage, record.oid, record.tid, record.data))
-                for record in each
+                for record in sorted(each, key=lambda record: record.oid)
             ],
         )
         for each in storage.iterator()

@@ -21,6 +21,8 @@ ROLE = "postgres"
 # Nothing outlives the session, so nothing needs to reach the disk.
 SETTINGS = {
     "autovacuum": "off",
+    # Below the directory of the cluster: elsewhere it would outlive a server that is killed.
+    "dynamic_shared_memory_type": "mmap",
     "fsync": "off",
     "full_page_writes": "off",
     "listen_addresses": "",
