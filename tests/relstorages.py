@@ -12,6 +12,7 @@ import time
 import traceback
 
 from relstorage.adapters.postgresql.locker import PostgreSQLLocker
+from relstorage.adapters.txncontrol import GenericTransactionControl
 from relstorage.storage import RelStorage
 from relstorage.storage.tpc.begin import HistoryPreserving
 import transaction
@@ -277,7 +278,8 @@ POINTS = {
     "in finish": (RelStorage, "tpc_finish", "inside"),
     "base finished": (RelStorage, "tpc_finish", "after"),
     "undone": (HistoryPreserving, "undo", "after"),
-    "snapshot": (RelStorage, "new_instance", "before"),
+    "snapshot": (GenericTransactionControl, "get_tid", "before"),
+    "settling": (RelStorage, "new_instance", "before"),
     "packing": (PostgreSQLLocker, "release_pack_lock", "before"),
     "packed": (RelStorage, "pack", "after"),
     "deleting": (S3Client, "delete_objects", "before"),
