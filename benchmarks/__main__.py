@@ -40,7 +40,7 @@ BENCHMARKS = {
     "sweep": postgresql.sweep,
     "open": opening.import_and_open,
 }
-LINE = "{what:<44}{server:<8}{ours:>10}{reference:>11}  {unit:<5}{ratio:>6}  {goal:<20}{verdict}"
+LINE = "{what:<52}{server:<8}{ours:>10}{reference:>11}  {unit:<5}{ratio:>6}  {goal:<20}{verdict}"
 
 
 def main():

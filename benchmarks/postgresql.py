@@ -1,6 +1,7 @@
 """RelStorage over PostgreSQL: small commits beside a large upload, and the sweep."""
 
 from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 import gc
 import multiprocessing
@@ -76,13 +77,14 @@ def small_commits():
 
     For information also with small blobs, and while the same upload is no transaction: what that
     costs is the machine's and no lock's. At last blobs that RelStorage keeps in the database.
+
+    The uploader and what stands for S3 get what the writer and the database leave of the CPU, as
+    if they were on hosts of their own: locks are what is measured.
     """
-    with (
-        workspace() as directory,
-        postgresql() as server,
-        NullS3() as s3,
-        LatencyProxy(s3.endpoint_url, up_mbps=RATE) as proxy,
-    ):
+    with workspace() as directory, postgresql() as server, ExitStack() as stack:
+        _schedule("SCHED_IDLE")
+        s3 = stack.enter_context(NullS3())
+        proxy = stack.enter_context(LatencyProxy(s3.endpoint_url, up_mbps=RATE))
         path = random_file(directory / "source", UPLOAD)
         location = new_bucket(s3)
         capped = replace(location, endpoint_url=proxy.endpoint_url)
@@ -116,10 +118,16 @@ def _beside(uploader, writer, what, goal=None):
                 if turn:
                     periods[index].append(times)
     rows = []
-    for measure, name in [(max, "longest"), (_late, "99 %"), (statistics.median, "median")]:
-        quiet, bare, ours = (min(map(measure, times)) * 1e3 for times in periods)
+    measures = [
+        ("longest", lambda rounds: max(map(max, rounds))),
+        ("longest, best round", lambda rounds: min(map(max, rounds))),
+        ("99 %", lambda rounds: min(map(_late, rounds))),
+        ("median", lambda rounds: min(map(statistics.median, rounds))),
+    ]
+    for name, measure in measures:
+        quiet, bare, ours = (measure(rounds) * 1e3 for rounds in periods)
         text = f"beside 200 MB: {what}, {name}"
-        if goal and measure is max:
+        if goal and name == "longest":
             rows.append(at_most(goal, text, "null", "ms", ours, quiet))
         else:
             rows.append(for_information(text, "null", "ms", ours, quiet))
@@ -195,14 +203,24 @@ class Writer:
         self._process.join()
 
 
+def _schedule(policy):
+    """Set the scheduling of this process and of those it starts from now on, where Linux has it."""
+    if hasattr(os, policy):
+        os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
+
+
 def _write(text, size, pipe):
+    _schedule("SCHED_OTHER")
     db = DB(ZODB.config.storageFromString(text))
     root = db.open().root()["writer"]
     body = os.urandom(size)
     try:
         while pipe.recv():
             times = []
+            # A collection of all objects takes longer than several commits.
+            gc.enable()
             gc.collect()
+            gc.disable()
             _write_once(root, size, body)
             pipe.send("started")
             while not pipe.poll():
