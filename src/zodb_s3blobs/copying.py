@@ -38,6 +38,7 @@ def copy_transactions(source: Any, target: Any, transform: Callable[[bytes], byt
                     without += not _copy_record(blobs, target, data_record, transaction, transform)
                 target.tpc_vote(transaction)
             except BaseException:
+                # Whatever it was, the target must not keep its lock.
                 target.tpc_abort(transaction)
                 raise
             target.tpc_finish(transaction)

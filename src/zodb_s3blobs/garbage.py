@@ -22,6 +22,7 @@ from .keys import parse_key
 from .keys import PREFIX
 from .keys import TID_SIZE
 from .openkeys import OpenKeys
+from .reports import Report
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ PAGES_AT_ONCE = 10
 LISTINGS = 3
 
 
-class SweepReport:
+class SweepReport(Report):
     """Counts of keys; bytes are those of the garbage.
 
     listed = kept + in_flight + foreign + garbage, garbage = deleted + failed
@@ -50,17 +51,6 @@ class SweepReport:
         self.deleted = 0
         self.failed = 0
         self.bytes = 0
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={count}" for name, count in vars(self).items())
-
-    def __repr__(self) -> str:
-        return f"<SweepReport {self}>"
-
-    def add(self, other: "SweepReport") -> None:
-        """Add the counts of another report to these."""
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
 
 
 class _Entry:

@@ -29,6 +29,7 @@ from .interfaces import TransientS3Error
 from .keys import parse_key
 from .keys import PREFIX
 from .keys import TID_SIZE
+from .reports import Report
 from .staged import BlobServices
 
 
@@ -46,7 +47,7 @@ TID_ROOM = 1 << 20
 LONGEST_LEAD = 60.0
 
 
-class RewriteReport:
+class RewriteReport(Report):
     """Counts of one run; when there is nothing to do copied and rewritten are 0."""
 
     def __init__(self) -> None:
@@ -56,12 +57,6 @@ class RewriteReport:
         self.rewritten = 0
         #: objects left as they are, because one of their blobs is nowhere
         self.missing = 0
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={count}" for name, count in vars(self).items())
-
-    def __repr__(self) -> str:
-        return f"<RewriteReport {self}>"
 
 
 class _Current:
@@ -100,6 +95,7 @@ class TidRewriter:
         self._read = read
         self._strip = strip
         self._invalidate = invalidate
+        self._report = RewriteReport()
         # Oids whose blob is nowhere: their records keep what they say.
         self._missing: set[bytes] = set()
 
@@ -109,13 +105,13 @@ class TidRewriter:
         :raises TransientError: when others commit all the time.
         :raises S3OperationError: when S3 fails; the next run goes on from there.
         """
-        report = RewriteReport()
+        report = self._report
         try:
             objects = self._objects_with_stamps()
             while batch := dict(islice(objects, BATCH)):
                 if self._base.keeps_history:
-                    report.copied += self._until_found(self._copy_all, batch)
-                report.rewritten += self._until_found(self._rewrite_current, batch)
+                    self._until_found(self._copy_all, batch)
+                self._until_found(self._rewrite_current, batch)
         finally:
             report.missing = len(self._missing)
             logger.info("rewriting by tid %s", report)
@@ -130,13 +126,14 @@ class TidRewriter:
             if any(len(name) != TID_SIZE for name in names):
                 yield oid, names
 
-    def _until_found(self, step: Callable[[Names], int], names: Names) -> int:
+    def _until_found(self, step: Callable[[Names], None], names: Names) -> None:
         while True:
             try:
                 return step(names)
             except POSKeyError as error:
-                if len(error.args) != 3:
-                    raise  # not the loader's
+                # Another's than the loader's, or one that leaving the object out does not mend.
+                if len(error.args) != 3 or error.args[1] in self._missing:
+                    raise
                 _message, oid, _tid = error.args
                 logger.warning("rewriting leaves out what is missing oid=0x%x", u64(oid))
                 self._missing.add(oid)
@@ -152,7 +149,7 @@ class TidRewriter:
             if reading and reading.stamp:
                 yield tid, reading.stamp
 
-    def _copy_all(self, names: Names) -> int:
+    def _copy_all(self, names: Names) -> None:
         """Copy to the keys of their tids what stays as history."""
         copies = TransactionBlobs(self._services, None, owns_keys=False)
         count = 0
@@ -163,20 +160,21 @@ class TidRewriter:
                         copies.copy(oid, tid, tid, stamp)
                         count += 1
             copies.vote()
+            self._report.copied += count
         finally:
             copies.abort()  # which deletes nothing: these keys are no transaction's
-        return count
 
-    def _rewrite_current(self, oids: Iterable[bytes]) -> int:
+    def _rewrite_current(self, oids: Iterable[bytes]) -> None:
         """Give objects a revision without a reference, fewer at a time while others commit."""
-        parts, count, failures, lead = [list(oids)], 0, 0, 0.0
+        parts, failures, lead = [list(oids)], 0, 0.0
         while parts:
             part = parts.pop()
             begun = time.monotonic()
             current = self._find_current(part)
             try:
                 if not current or self._commit(current, lead):
-                    count, failures = count + len(current), 0
+                    self._report.rewritten += len(current)
+                    failures = 0
                     continue
             except TransientError as error:  # as a conflict is
                 if isinstance(error, S3OperationError) or failures == ATTEMPTS:
@@ -189,7 +187,7 @@ class TidRewriter:
             half = (len(part) + 1) // 2
             parts += filter(None, (part[half:], part[:half]))
         else:
-            return count
+            return
         raise TransientS3Error("others commit faster than blobs can be copied; run it again later")
 
     def _find_current(self, oids: Iterable[bytes]) -> list[_Current]:
@@ -218,6 +216,7 @@ class TidRewriter:
                 oids = [revision.oid for revision in current]
                 storage.tpc_finish(transaction, lambda tid: self._invalidate(tid, oids))
         except BaseException:
+            # Whatever it was, nobody else removes the copies.
             blobs.abort()
             raise
         blobs.finish(tid)
@@ -230,7 +229,8 @@ class TidRewriter:
         try:
             storage.tpc_begin(transaction, tid)
         except Exception:
-            # The base may refuse a tid that is there; it has aborted then.
+            # The base may refuse a tid that is there. It may also keep its lock.
+            storage.tpc_abort(transaction)
             if self._last_transaction() < tid:
                 raise
             return False
@@ -245,6 +245,7 @@ class TidRewriter:
                 storage.tpc_abort(transaction)
                 return False
         except BaseException:
+            # Whatever it was, the base must not keep its lock.
             storage.tpc_abort(transaction)
             raise
         return True

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 import logging
 from typing import Any
@@ -21,17 +22,22 @@ def read_page(answer: Mapping[str, Any], cut: int) -> list[ListedObject]:
     if not contents:
         return []
     try:
-        listed = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        moment = listed.timestamp()
-        times = [datetime.fromisoformat(_iso(item["LastModified"])) for item in contents]
+        date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+        listed = _seconds(parsedate_to_datetime(date))
+        times = [_seconds(datetime.fromisoformat(_iso(item["LastModified"]))) for item in contents]
     except (KeyError, ValueError):
         # Ages decide what is deleted: where they cannot be told, all is new.
         logger.warning("listing without usable dates")
         return [ListedObject(item["Key"][cut:], item["Size"], 0.0, 0.0) for item in contents]
     return [
-        ListedObject(item["Key"][cut:], item["Size"], time.timestamp(), moment)
+        ListedObject(item["Key"][cut:], item["Size"], time, listed)
         for item, time in zip(contents, times, strict=True)
     ]
+
+
+def _seconds(time: datetime) -> float:
+    # S3's times are UTC, also where the server does not say so.
+    return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def _iso(text: str) -> str:

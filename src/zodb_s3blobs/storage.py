@@ -53,21 +53,6 @@ class FileNames:
         self.getBlobFilename = cache.path
 
 
-class _Shared:
-    """What the instances of one storage have in common, and the first of them closes."""
-
-    def __init__(self, services: BlobServices, sources: Sequence[Any], fshelper: FileNames) -> None:
-        self.services = services
-        self.sources = sources
-        self.fshelper = fshelper
-        self.sweeper: Any = None
-
-    def close(self) -> None:
-        self.services.pool.close()
-        for closeable in (*self.sources, self.services.cache, self.services.client):
-            closeable.close()
-
-
 @implementer(IS3BlobStorage)
 class S3BlobStorage:
     """Passes a base storage through and keeps the blobs in a bucket.
@@ -109,23 +94,28 @@ class S3BlobStorage:
         # Where a base tells tids, that of a transaction in flight is above all others.
         grace = 0.0 if base.tells_tid else gc_grace
         services = BlobServices(s3_client, cache, loader, pool, open_keys, temp_dir, grace)
-        shared = _Shared(services, sources, FileNames(cache, temp_dir))
-        self.__pass_through(base_storage, base, shared)
-        shared.sweeper = Sweeper(base, s3_client, cache, open_keys, self.__read, gc_grace)
-        self.__is_first = True
+        closeables = pool, *sources, cache, s3_client
+        self.__pass_through(base_storage, base, services, closeables)
+        self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__read, gc_grace)
 
-    def __pass_through(self, base_storage: Any, base: Base, shared: _Shared) -> None:
+    def __pass_through(
+        self,
+        base_storage: Any,
+        base: Base,
+        services: BlobServices,
+        closeables: Sequence[Any] = (),
+    ) -> None:
         self.__base = base_storage
         self.__kind = base
-        self.__shared = shared
-        self.__services = shared.services
-        self.__cache = shared.services.cache
-        self.__loader = shared.services.loader
-        self.__is_first = False
+        self.__services = services
+        self.__cache = services.cache
+        self.__loader = services.loader
+        # All instances share them, and the first closes them.
+        self.__closeables = closeables
         self.__db: Any = None
         self.__transform: Callable[[bytes], bytes] = bytes
         self.__untransform: Callable[[bytes], bytes] = bytes
-        self.fshelper = shared.fshelper
+        self.fshelper = FileNames(services.cache, services.temp_dir)
         #: until close()
         self.is_open = True
         restoreable = IStorageRestoreable.providedBy(base_storage)
@@ -175,7 +165,8 @@ class S3BlobStorage:
 
     def __around(self, instance: Any) -> S3BlobStorage:
         other = type(self).__new__(type(self))
-        other.__pass_through(instance, self.__kind.of(instance), self.__shared)
+        other.__pass_through(instance, self.__kind.of(instance), self.__services)
+        other.__sweeper = self.__sweeper
         other.__transform = self.__transform
         other.__untransform = self.__untransform
         return other
@@ -201,8 +192,8 @@ class S3BlobStorage:
         try:
             self.__base.close()
         finally:
-            if self.__is_first:
-                self.__shared.close()
+            for closeable in self.__closeables:
+                closeable.close()
 
     def registerDB(self, db: Any) -> None:
         """Learn from whoever wraps us how to read and write records."""
@@ -285,7 +276,8 @@ class S3BlobStorage:
         except ValueError as error:
             raise StorageError(
                 f"the blob 0x{u64(oid):x} cannot be stored: its record is not a ZODB.blob.Blob's,"
-                f" and {self.__base!r} does not tell in time under which tid to keep it"
+                f" and a {type(self.__base).__name__} does not tell in time under which tid to"
+                " keep it"
             ) from error
 
     def __restore_blob(
@@ -412,8 +404,7 @@ class S3BlobStorage:
         """
         if not dry_run and self.__base.isReadOnly():
             raise ReadOnlyError("a sweep deletes: open the storage inside for writing")
-        report: SweepReport = self.__shared.sweeper.sweep(dry_run)
-        return report
+        return self.__sweeper.sweep(dry_run)
 
     def rewrite_by_tid(self) -> RewriteReport:
         """Give every blob the key of its tid and take the references out of the records.
