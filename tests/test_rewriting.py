@@ -10,6 +10,7 @@ from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError
 from ZODB.POSException import ReadOnlyError
 from ZODB.utils import p64
@@ -366,3 +367,21 @@ def test_rewriting_beside_writers_that_never_pause(s3, tmp_path, postgresql, kee
             assert read(blob) == last.get(number, b"0")
             assert blob_key(blob._p_oid, blob._p_serial) in keys(s3)
     db.close()
+
+
+def test_begin_that_fails_leaves_no_lock(site, s3, tmp_path):
+    """A FileStorage has taken its lock by then: others can still commit."""
+    base = FileStorage(f"{tmp_path}/Copy.fs")
+    storage, _client = make_storage(s3, tmp_path, "copy", base=base)
+    storage.copyTransactionsFrom(site.storage)
+    begin, fail = base.tpc_begin, Failure(OSError("says the test"), times=1)
+
+    def begin_and_fail(*args):
+        begin(*args)
+        fail()
+
+    base.tpc_begin = begin_and_fail
+    with pytest.raises(OSError, match="says the test"):
+        storage.rewrite_by_tid()
+    assert storage.rewrite_by_tid().rewritten == COUNT
+    storage.close()
