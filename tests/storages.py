@@ -307,6 +307,7 @@ class TcpProxy:
         self._answer = answer
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._hold = None
+        self._is_cut = False
         self.reached = threading.Event()
         self._released = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -326,6 +327,11 @@ class TcpProxy:
         """
         self._hold = matches
 
+    def cut(self):
+        """Close the connections, as far as something is held, and drop that."""
+        self._is_cut = True
+        self.release()
+
     def release(self):
         """Let what is held go, as far as both ends are still there."""
         self._hold = None
@@ -337,7 +343,11 @@ class TcpProxy:
                 client, _address = self._listener.accept()
             except OSError:
                 return
-            server = socket.create_connection(self._upstream)
+            try:
+                server = socket.create_connection(self._upstream)
+            except OSError:  # it is down
+                client.close()
+                continue
             for source, target, direction in ((client, server, "up"), (server, client, "down")):
                 args = source, target, direction
                 threading.Thread(target=self._pass_on, args=args, daemon=True).start()
@@ -350,6 +360,8 @@ class TcpProxy:
                 ):
                     self.reached.set()
                     self._released.wait(PATIENCE)
+                    if self._is_cut:
+                        return
                 answer = self._answer(chunk) if self._answer and direction == "up" else None
                 if answer is not None:
                     source.sendall(answer)

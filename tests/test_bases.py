@@ -1,5 +1,7 @@
 """Which bases can be wrapped, and what each says about tids, records and surviving revisions."""
 
+from contextlib import contextmanager
+
 import pytest
 from zc.zlibstorage import ZlibStorage
 from ZODB.blob import BlobStorage
@@ -8,6 +10,7 @@ from ZODB.Connection import TransactionMetaData
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import POSKeyError
 from ZODB.tests.hexstorage import HexStorage
 from ZODB.TimeStamp import TimeStamp
 from ZODB.utils import p64
@@ -17,7 +20,8 @@ from ZODB.utils import z64
 from zodb_s3blobs.basecontract import Reading
 from zodb_s3blobs.basecontract import Survivors
 from zodb_s3blobs.bases import base_of
-from zodb_s3blobs.bases import TidBase
+from zodb_s3blobs.demobase import DemoBase
+from zodb_s3blobs.historybase import LocalBase
 from zodb_s3blobs.records import read_reference
 from zodb_s3blobs.records import with_reference
 from zodb_s3blobs.relstoragebase import RelStorageBase
@@ -144,7 +148,7 @@ class TestWrapping:
     def test_tid_is_known_from_begin_on(self, tid_base):
         """What the base says at tpc_begin is what it commits."""
         wrapped = base_of(tid_base)
-        assert (wrapped.tells_tid, type(wrapped)) == (True, TidBase)
+        assert (wrapped.tells_tid, type(wrapped)) == (True, LocalBase)
         txn = TransactionMetaData()
         tid_base.tpc_begin(txn)
         tid = wrapped.tid()
@@ -186,13 +190,42 @@ class TestWrapping:
         with_history.__class__ = Special
         assert type(base_of(with_history)) is RelStorageBase
 
-    def test_base_that_tells_its_tid_too_late_is_refused(self, base, tmp_path):
-        """A DemoStorage is no mere wrapper: what is under its base is not under its changes."""
-        demo = DemoStorage(base=base, changes=FileStorage(f"{tmp_path}/Changes.fs"))
+    @pytest.mark.parametrize("temporary", [True, False])
+    def test_demostorage_is_not_taken_for_what_is_inside(self, base, tmp_path, temporary):
+        """It is no mere wrapper: what is under its base is not under its changes."""
+        changes = None if temporary else FileStorage(f"{tmp_path}/Changes.fs")
+        demo = DemoStorage(base=base, changes=changes)
         for storage in (demo, Wrapper(demo)):
-            with pytest.raises(ValueError, match="Use a FileStorage, a MappingStorage or a Rel"):
-                base_of(storage)
+            for addressing in ("auto", "record"):
+                wrapped = base_of(storage, addressing)
+                assert type(wrapped) is DemoBase
+                assert (wrapped.tells_tid, wrapped.tells_garbage) == (False, False)
+            with pytest.raises(ValueError, match="addressing tid does not fit a DemoStorage"):
+                base_of(storage, "tid")
         demo.changes.close()
+
+    def test_demostorage_tells_no_tid_while_a_transaction_runs(self, tid_base):
+        """Its changes have one, which it does not show."""
+        wrapped = base_of(DemoStorage(base=tid_base, changes=MappingStorage()))
+        txn = TransactionMetaData()
+        wrapped.storage.tpc_begin(txn)
+        wrapped.storage.store(OID, z64, PLAIN_RECORD, "", txn)
+        assert (wrapped.tid(), wrapped.running()) == (None, txn)
+        wrapped.storage.tpc_abort(txn)
+        assert wrapped.running() is None
+
+    @pytest.mark.parametrize("kind", ["FileStorage", "BlobStorage"])
+    def test_demostorage_with_blobs_among_its_changes_is_refused_with_advice(self, tmp_path, kind):
+        """They would go there, and be read from there, past the bucket."""
+        if kind == "FileStorage":
+            changes = FileStorage(f"{tmp_path}/Changes.fs", blob_dir=f"{tmp_path}/blobs")
+        else:
+            changes = BlobStorage(f"{tmp_path}/blobs", MappingStorage())
+        demo = DemoStorage(base=MappingStorage(), changes=changes)
+        for refused in (demo, Wrapper(demo)):
+            with pytest.raises(ValueError, match="put the <s3blobstorage> around the changes"):
+                base_of(refused)
+        changes.close()
 
     def test_unknown_storage_is_refused(self):
         """A class that only has the name of one that is known is another."""
@@ -204,11 +237,6 @@ class TestWrapping:
         for storage in (RelStorage(), object()):
             with pytest.raises(ValueError, match=r"^an? \w+ cannot be wrapped"):
                 base_of(storage)
-
-    def test_demostorage_with_temporary_changes_is_told_what_to_use(self, tid_base):
-        """It has blobs of its own, but no blob-dir that could be left out."""
-        with pytest.raises(ValueError, match="Use a FileStorage, a MappingStorage or a RelStorage"):
-            base_of(DemoStorage(base=tid_base))
 
     def test_base_with_blobs_of_its_own_is_refused_with_advice(self, tmp_path):
         """Its undo would look for files that are in the bucket."""
@@ -231,18 +259,40 @@ class TestWrapping:
                 base_of(refused)
         storage.close()
 
-    @pytest.mark.parametrize(
-        ("kind", "right", "wrong"),
-        [(kind, "tid", "record") for kind in TID_KINDS]
-        + [(kind, "record", "tid") for kind in RELSTORAGE_KINDS],
-    )
-    def test_addressing_asserts_the_kind_and_changes_nothing(self, tmp_path, kind, right, wrong):
-        """What fits is what auto means; what does not is refused, and the message says so."""
-        storage = opened(kind, tmp_path)
-        assert type(base_of(storage, right)) is type(base_of(storage, "auto"))
-        with pytest.raises(ValueError, match=f"{wrong} does not fit .* needs addressing {right}"):
-            base_of(storage, wrong)
-        storage.close()
+    def test_relstorage_is_addressed_by_record_alone(self, relstorage):
+        """That is what auto means; by tid is refused, and the message says what to write."""
+        for addressing in ("auto", "record"):
+            assert type(base_of(relstorage, addressing)) is RelStorageBase
+        with pytest.raises(ValueError, match=r"tid does not fit a RelStorage.* or say auto"):
+            base_of(relstorage, "tid")
+
+    @pytest.mark.parametrize("addressing", ["auto", "tid"])
+    def test_local_base_is_addressed_by_tid_unless_told_otherwise(self, tid_base, addressing):
+        """And what is passed through is the storage itself."""
+        wrapped = base_of(tid_base, addressing)
+        assert (wrapped.tells_tid, wrapped.storage) == (True, tid_base)
+
+    @pytest.mark.parametrize("inside", [lambda base: base, Wrapper])
+    def test_local_base_by_record_begins_late_and_tells_no_tid(self, tid_base, inside):
+        """Another transaction commits while one has begun and stored."""
+        wrapped = base_of(inside(tid_base), "record")
+        assert (wrapped.tells_tid, type(wrapped)) == (False, LocalBase)
+        txn = TransactionMetaData()
+        wrapped.storage.tpc_begin(txn)
+        wrapped.storage.store(OID, z64, PLAIN_RECORD, "", txn)
+        assert (wrapped.tid(), wrapped.running()) == (None, None)
+        commit_record(tid_base, OTHER)  # nobody holds the lock
+        wrapped.storage.tpc_abort(txn)
+
+    def test_unknown_addressing_is_refused(self, tid_base):
+        """Whoever builds a storage in Python may have misspelt it."""
+        with pytest.raises(ValueError, match="auto, tid or record, not 'stamp'"):
+            base_of(tid_base, "stamp")
+
+    def test_other_processes_commit_to_a_relstorage_alone(self, base):
+        """What decides whether the age of an object says anything."""
+        assert base_of(base).shared == (type(base_of(base)) is RelStorageBase)
+        assert not base_of(DemoStorage(base=base)).shared
 
 
 class TestDatabase:
@@ -266,18 +316,33 @@ class TestDatabase:
         storage.close()
 
 
+@contextmanager
+def fresh(base):
+    """Context manager: what is known about an instance with a view of its own, if there are any."""
+    told = base_of(base)
+    with told.writer() as instance:
+        yield told if instance is base else told.of(instance)
+
+
+def assert_no_record(told, oid, serial):
+    """A local storage knows that nobody can want its blob; others may have been late."""
+    if isinstance(told, LocalBase):
+        with pytest.raises(POSKeyError):
+            told.record(oid, serial)
+    else:
+        assert told.record(oid, serial) is None
+
+
 class TestRecord:
     def test_record_of_each_revision_is_told(self, base):
         """Current or not; none of a serial that the object has no revision with."""
         first = commit_reference(base, OID, STAMP)
         assert read_reference(base_of(base).record(OID, first)) == STAMP
         second = commit_reference(base, OID, LATER_STAMP, first)
-        with base_of(base).writer() as instance:
-            told = base_of(base).of(instance)
+        with fresh(base) as told:
             assert read_reference(told.record(OID, second)) == LATER_STAMP
-            for serial in (p64(5), p64(u64(second) + 1)):
-                assert told.record(OID, serial) is None
-            assert told.record(OTHER, first) is None
+            for oid, serial in ((OID, p64(5)), (OID, p64(u64(second) + 1)), (OTHER, first)):
+                assert_no_record(told, oid, serial)
 
     @pytest.mark.parametrize("kind", ["FileStorage", "RelStorage"])
     def test_older_revision_is_told_after_its_object_is_gone(self, tmp_path, kind):
@@ -285,11 +350,32 @@ class TestRecord:
         base = opened(kind, tmp_path)
         first = commit_reference(base, OID, STAMP)
         undone = undo_last(base)
-        with base_of(base).writer() as instance:
-            told = base_of(base).of(instance)
+        with fresh(base) as told:
             assert read_reference(told.record(OID, first)) == STAMP
-            assert told.record(OID, undone) is None
+            assert_no_record(told, OID, undone)
         base.close()
+
+    @pytest.mark.parametrize("addressing", ["tid", "record"])
+    def test_revision_that_a_pack_removed_has_no_record(self, tid_base, addressing):
+        """It is gone for every reader: a POSKeyError, as the base itself would raise."""
+        wrapped = base_of(tid_base, addressing)
+        root = commit_record(tid_base, z64)
+        first = commit_reference(tid_base, z64, STAMP, root)
+        second = commit_reference(tid_base, z64, LATER_STAMP, first)
+        tid_base.pack(TimeStamp(second).timeTime() + 1, lambda record, oids=None: [])
+        with pytest.raises(POSKeyError):
+            wrapped.record(z64, first)
+        assert read_reference(wrapped.record(z64, second)) == LATER_STAMP
+
+    def test_demostorage_without_the_record_does_not_know(self, tid_base):
+        """The database below may have packed it meanwhile: the bucket is asked."""
+        told = base_of(DemoStorage(base=tid_base, changes=MappingStorage()))
+        below = commit_reference(tid_base, OID, STAMP)
+        above = commit_reference(told.storage, OID, LATER_STAMP, below)
+        assert read_reference(told.record(OID, below)) == STAMP
+        assert read_reference(told.record(OID, above)) == LATER_STAMP
+        assert_no_record(told, OTHER, below)
+        assert_no_record(told, OID, p64(5))
 
     def test_error_of_the_base_is_raised(self, base, monkeypatch):
         """No answer is not the answer that the revision is gone."""

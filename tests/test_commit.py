@@ -15,6 +15,7 @@ from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
+from ZODB.POSException import POSKeyError
 from ZODB.POSException import StorageTransactionError
 from ZODB.utils import p64
 
@@ -24,6 +25,8 @@ from zodb_s3blobs.interfaces import PermanentS3Error
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.keys import parse_key
+from zodb_s3blobs.loading import BlobLoader
+from zodb_s3blobs.openkeys import OpenKeys
 from zodb_s3blobs.records import read_reference
 from zodb_s3blobs.records import with_reference
 from zodb_s3blobs.uploads import UploadPool
@@ -34,8 +37,10 @@ from .storages import commit_blob
 from .storages import commit_record
 from .storages import Failure
 from .storages import Gate
+from .storages import HookedClient
 from .storages import leftovers
 from .storages import load
+from .storages import make_client
 from .storages import make_storage
 from .storages import open_relstorage
 from .storages import read
@@ -894,9 +899,10 @@ class TestRenewal:
         assert client.count("upload_file") == 1
         storage.close()
 
-    def test_blobs_by_tid_are_not_sent_again(self, s3, tmp_path, clocks):
-        """Their tid is above the last transaction's, which no sweep touches."""
-        storage, client = make_storage(s3, tmp_path, gc_grace=GRACE)
+    @pytest.mark.parametrize("addressing", ["tid", "record"])
+    def test_blobs_over_a_local_base_are_not_sent_again(self, s3, tmp_path, clocks, addressing):
+        """No other process sweeps there, and ours knows what is in flight."""
+        storage, client = make_storage(s3, tmp_path, gc_grace=GRACE, addressing=addressing)
         txn = begun(storage)
         store_blob(storage, txn, OID, b"bytes")
         clocks.advance(1e6)
@@ -917,6 +923,174 @@ class TestRenewal:
         assert storage.tpc_finish(txn) == p64(77)
         assert client.count("upload_file") == 2
         assert keys(s3) == [blob_key(OID, b"s" * 16)]
+
+
+class TestCopyByRecord:
+    """An undo whose tid only its end tells makes a copy, which its own record refers to."""
+
+    SOURCE = p64(5)
+
+    @pytest.fixture
+    def services(self, s3, tmp_path, clocks):
+        """What a storage of a shared base gives its transactions; one object is in the bucket."""
+        client, cache = HookedClient(make_client(s3)), S3BlobCache(f"{tmp_path}/cache")
+        client.upload_file(write_file(b"source", cache.temp_dir), blob_key(OID, self.SOURCE))
+        client.calls.clear()
+        pool = UploadPool(2)
+        yield commit.BlobServices(
+            client, cache, BlobLoader(cache, client, []), pool, OpenKeys(), cache.temp_dir, GRACE,
+            clocks,
+        )  # fmt: skip
+        for each in (pool, cache, client):
+            each.close()
+
+    @pytest.fixture
+    def blobs(self, services):
+        return commit.TransactionBlobs(services, None, True)
+
+    def copy(self, blobs, store):
+        blobs.copy_by_record(OID, self.SOURCE, store)
+
+    def end(self, blobs):
+        blobs.vote()
+        blobs.begin_finish()
+        blobs.finish(p64(1 << 60))
+
+    def assert_nothing_is_in_flight(self, services, s3, *names):
+        """These are all the objects there are, and a sweep may decide about any."""
+        expected = sorted(blob_key(OID, name) for name in (self.SOURCE, *names))
+        assert keys(s3) == expected
+        assert services.open_keys.closed(expected) == {*expected}
+
+    def test_record_is_stored_once_when_the_copy_is_there(self, services, blobs, s3, tmp_path):
+        """By the vote, and not by another one."""
+        stored = []
+        self.copy(blobs, lambda stamp: stored.append((stamp, keys(s3))))
+        assert stored == []
+        blobs.vote()
+        ((stamp, there),) = stored
+        assert blob_key(OID, stamp) in there
+        blobs.vote()
+        assert len(stored) == 1
+        services.client.download_file(blob_key(OID, stamp), f"{tmp_path}/downloaded")
+        assert (tmp_path / "downloaded").read_bytes() == b"source"
+        self.end(blobs)
+        assert len(stored) == 1
+        self.assert_nothing_is_in_flight(services, s3, stamp)
+        assert services.client.count("copy_object") == 1
+
+    def test_copy_is_in_flight_until_the_end(self, services, blobs):
+        """A sweep that lists it leaves it alone, before and after the vote."""
+        stored = []
+        copied = services.client.after["copy_object"] = Gate()
+        copied.open()
+        self.copy(blobs, stored.append)
+        copied.wait()
+        (_copy, source), *_rest = services.client.calls
+        blobs.vote()
+        key = blob_key(OID, stored[0])
+        assert services.open_keys.closed([key, source]) == {source}
+
+    @pytest.mark.parametrize("error", [ConflictError, OSError])
+    def test_store_that_fails_leaves_an_abortable_transaction(self, services, blobs, s3, error):
+        """It has not voted, and the abort deletes the copy."""
+        self.copy(blobs, Failure(error("says the test")))
+        with pytest.raises(error, match="says the test"):
+            blobs.vote()
+        assert len(keys(s3)) == 2
+        with pytest.raises(StorageTransactionError):
+            blobs.begin_finish()
+        blobs.abort()
+        self.assert_nothing_is_in_flight(services, s3)
+
+    def test_copy_that_fails_stores_nothing(self, services, blobs, s3):
+        """The vote says so, with the oid."""
+        services.client.before["copy_object"] = Failure()
+        stored = []
+        self.copy(blobs, stored.append)
+        with pytest.raises(TransientS3Error) as caught:
+            blobs.vote()
+        assert (caught.value.oid, stored) == (OID, [])
+        blobs.abort()
+        self.assert_nothing_is_in_flight(services, s3)
+
+    def test_source_that_is_nowhere_fails_the_vote(self, services, blobs, s3):
+        """A record without its blob must not be committed."""
+        stored = []
+        blobs.copy_by_record(OID, p64(6), stored.append)
+        with pytest.raises(POSKeyError):
+            blobs.vote()
+        assert stored == []
+        blobs.abort()
+        self.assert_nothing_is_in_flight(services, s3)
+
+    def test_abort_after_the_vote_deletes_the_copy(self, services, blobs, s3):
+        """And not what was copied."""
+        self.copy(blobs, lambda stamp: None)
+        blobs.vote()
+        blobs.abort()
+        self.assert_nothing_is_in_flight(services, s3)
+
+    def test_second_undo_of_an_object_wins(self, services, blobs, s3, tmp_path):
+        """The record of the first is never stored."""
+        first, second = [], []
+        services.client.upload_file(write_file(b"older"), blob_key(OID, p64(4)))
+        self.copy(blobs, first.append)
+        blobs.copy_by_record(OID, p64(4), second.append)
+        self.end(blobs)
+        assert (first, len(second)) == ([], 1)
+        services.client.download_file(blob_key(OID, second[0]), f"{tmp_path}/downloaded")
+        assert (tmp_path / "downloaded").read_bytes() == b"older"
+
+    def test_undo_to_a_reference_after_one_to_a_tid_stores_nothing(self, services, blobs):
+        """What becomes current in the end says where its bytes are."""
+        stored = []
+        self.copy(blobs, stored.append)
+        blobs.drop(OID, None)
+        self.end(blobs)
+        assert stored == []
+
+    @pytest.mark.parametrize("advance", ["before the vote", "after the vote"])
+    def test_copy_that_is_old_is_neither_made_again_nor_refused_too_early(
+        self, services, blobs, s3, clocks, advance
+    ):
+        """Up to three quarters of the grace period it may still be committed."""
+        stored = []
+        self.copy(blobs, stored.append)
+        if advance == "before the vote":
+            clocks.advance(REFUSED - 1)
+        blobs.vote()
+        if advance == "after the vote":
+            clocks.advance(REFUSED - 1)
+        self.end(blobs)
+        assert len(stored) == 1
+        assert services.client.count("copy_object") == 1
+        self.assert_nothing_is_in_flight(services, s3, *stored)
+
+    @pytest.mark.parametrize("advance", ["before the vote", "after the vote"])
+    def test_copy_that_is_too_old_is_refused_by_the_finish(
+        self, services, blobs, s3, clocks, advance
+    ):
+        """A sweep may take it before the base has finished; the undo can be done again."""
+        self.copy(blobs, lambda stamp: None)
+        if advance == "before the vote":
+            clocks.advance(REFUSED)
+        blobs.vote()
+        if advance == "after the vote":
+            clocks.advance(REFUSED)
+        with pytest.raises(TransientS3Error, match="gc-grace"):
+            blobs.begin_finish()
+        blobs.abort()
+        self.assert_nothing_is_in_flight(services, s3)
+
+    def test_copy_to_the_key_of_a_tid_may_be_as_old_as_it_likes(self, services, blobs, clocks):
+        """Its tid is above all others, which no sweep touches."""
+        blobs.copy(OID, p64(1 << 60), self.SOURCE)
+        clocks.advance(1e6)
+        blobs.vote()
+        clocks.advance(1e6)
+        blobs.begin_finish()
+        blobs.finish(p64(1 << 60))
 
 
 class TestLateFinish:

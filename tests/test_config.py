@@ -17,6 +17,7 @@ from ZODB.config import databaseFromString
 from ZODB.config import getDbSchema
 from ZODB.config import getStorageSchema
 from ZODB.config import storageFromString
+from ZODB.Connection import TransactionMetaData
 from ZODB.FileStorage import FileStorage
 from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IMVCCStorage
@@ -314,39 +315,56 @@ def test_blobstorage_as_base_is_refused(text, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("changes", ["", "<mappingstorage changes>\n</mappingstorage>\n"])
-def test_base_that_cannot_be_wrapped_is_refused_at_open_and_closed(text, tmp_path, changes):
-    """A DemoStorage shows no tid, that of the storage inside least; the message says what does."""
-    base = (
-        "<demostorage>\n<filestorage base>\n"
-        f"path {tmp_path}/Data.fs\n</filestorage>\n{changes}</demostorage>"
-    )
-    factory = parse(text(base=base))
-    with pytest.raises(ValueError, match="Use a FileStorage, a MappingStorage or a RelStorage"):
+def filestorage(path, name="", *lines):
+    """Return the text of a section."""
+    return "\n".join([f"<filestorage {name}>", f"path {path}", *lines, "</filestorage>"])
+
+
+def test_base_that_cannot_be_wrapped_is_refused_at_open_and_closed(text, tmp_path):
+    """The changes of a DemoStorage have blobs of their own; the message says what to do."""
+    below = filestorage(tmp_path / "Data.fs", "base")
+    changes = filestorage(tmp_path / "Changes.fs", "changes", f"blob-dir {tmp_path}/blobs")
+    factory = parse(text(base=f"<demostorage>\n{below}\n{changes}\n</demostorage>"))
+    with pytest.raises(ValueError, match="put the <s3blobstorage> around the changes"):
         factory.open()
     assert not (tmp_path / "cache").exists()
-    FileStorage(str(tmp_path / "Data.fs")).close()  # its lock is free
+    for name in ("Data.fs", "Changes.fs"):
+        FileStorage(str(tmp_path / name)).close()  # its lock is free
 
 
 @pytest.mark.parametrize("addressing", ["auto", "tid", "record"])
-@pytest.mark.parametrize("kind", ["filestorage", "relstorage"])
+@pytest.mark.parametrize("kind", ["filestorage", "demostorage", "relstorage"])
 def test_addressing_that_does_not_fit_is_refused_at_open(text, tmp_path, kind, addressing):
     """What fits opens; what does not leaves nothing behind, and the message says what to write."""
-    base, right = {
-        "filestorage": (f"<filestorage>\npath {tmp_path}/Data.fs\n</filestorage>", "tid"),
-        "relstorage": (relstorage(tmp_path), "record"),
+    base = {
+        "filestorage": filestorage(tmp_path / "Data.fs"),
+        "demostorage": f"<demostorage>\n{filestorage(tmp_path / 'Data.fs')}\n</demostorage>",
+        "relstorage": relstorage(tmp_path),
     }[kind]
     factory = parse(f"%import relstorage\n{text(f'addressing {addressing}', base=base)}")
-    if addressing in ("auto", right):
+    if addressing != "tid" or kind == "filestorage":
         storage = factory.open()
         assert IMVCCStorage.providedBy(storage) == (kind == "relstorage")
         storage.close()
     else:
-        with pytest.raises(ValueError, match=f"needs addressing {right}"):
+        with pytest.raises(ValueError, match=r"addressing tid does not fit .* or say auto"):
             factory.open()
         assert not (tmp_path / "cache").exists()
-    if kind == "filestorage":
+    if kind != "relstorage":
         FileStorage(str(tmp_path / "Data.fs")).close()  # its lock is free
+
+
+def test_addressing_decides_whether_uploads_hold_the_lock(text, tmp_path):
+    """By record a second transaction begins while the first has; by tid it would wait."""
+    base = filestorage(tmp_path / "Data.fs")
+    storage = parse(text("addressing record", base=base)).open()
+    first, second = TransactionMetaData(), TransactionMetaData()
+    for txn in (first, second):
+        storage.tpc_begin(txn)
+    for txn in (first, second):
+        storage.tpc_vote(txn)
+        storage.tpc_finish(txn)
+    storage.close()
 
 
 def relstorage(directory, *lines, name="database"):

@@ -1,5 +1,6 @@
 """A process is killed at every point of a commit: what was committed is there, and only that."""
 
+from functools import partial
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from ZODB.FileStorage import FileStorage
 
 from zodb_s3blobs.cache import S3BlobCache
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.records import read_reference
 from zodb_s3blobs.storage import S3BlobStorage
 
 from .services.location import keys
@@ -39,13 +41,14 @@ def contents(name, number, size):
 # In the child
 
 
-def child(point, size, directory, *location):
+def child(point, size, directory, addressing, *location):
     """Commit in a loop; in the last round stand still at the point, and say so."""
     location = S3Location(*location)
     base = FileStorage(f"{directory}/Data.fs")
     options = {"multipart_threshold": 5 * MiB, "multipart_part_size": 5 * MiB}
     client = HookedClient(make_client(location, max_attempts=1, **options))
-    db = DB(S3BlobStorage(base, client, S3BlobCache(f"{directory}/cache")))
+    cache = S3BlobCache(f"{directory}/cache")
+    db = DB(S3BlobStorage(base, client, cache, addressing=addressing))
     with db.transaction() as conn:
         conn.root()["count"] = 0
         conn.root()["rewritten"] = Blob()
@@ -70,26 +73,33 @@ def commit(db, number, size):
 
 def arrange(point, client, base):
     """Make the next commit stand still at a call of the client or of the base."""
-    finish = base.tpc_finish
+    begin, vote, finish = base.tpc_begin, base.tpc_vote, base.tpc_finish
+
+    def pass_by(name, *args):
+        if point == name:
+            stand_still()
+
+    def begin_slowly(*args):
+        begin(*args)
+        pass_by("begun")
+
+    def vote_slowly(txn):
+        pass_by("stored")
+        return vote(txn)
 
     def finish_slowly(txn, f=None):
         def callback(tid):
             f(tid)
-            if point == "in finish":
-                stand_still()
+            pass_by("in finish")
 
-        if point == "voted":
-            stand_still()
+        pass_by("voted")
         tid = finish(txn, callback)
-        if point == "base finished":
-            stand_still()
+        pass_by("base finished")
         return tid
 
-    base.tpc_finish = finish_slowly
-    if point == "staged":
-        client.before["upload_file"] = stand_still
-    elif point == "uploaded":
-        client.after["upload_file"] = stand_still
+    base.tpc_begin, base.tpc_vote, base.tpc_finish = begin_slowly, vote_slowly, finish_slowly
+    client.before["upload_file"] = partial(pass_by, "staged")
+    client.after["upload_file"] = partial(pass_by, "uploaded")
 
 
 def say(line):
@@ -108,8 +118,8 @@ def stand_still(*args):
 class Victim:
     """The child process, which ends by SIGKILL."""
 
-    def __init__(self, point, size, directory, location):
-        arguments = point, str(size), str(directory)
+    def __init__(self, point, size, directory, location, addressing="auto"):
+        arguments = point, str(size), str(directory), addressing
         arguments += location.endpoint_url, location.access_key, location.secret_key
         arguments += (location.bucket,)
         self._process = subprocess.Popen(
@@ -157,12 +167,12 @@ def victim():
         each.kill()
 
 
-def check_afterwards(location, directory, count, size):
+def check_afterwards(location, directory, count, size, addressing="auto"):
     """Open with an empty cache, compare all blobs, commit once more, pack: only they remain.
 
     :param int count: the number of the last commit that must be there.
     """
-    db = open_db(location, directory, cache="empty")
+    db = open_db(location, directory, cache="empty", addressing=addressing)
     with db.transaction() as conn:
         root = conn.root()
         assert root["count"] == count
@@ -180,7 +190,7 @@ def check_afterwards(location, directory, count, size):
     assert (report.kept, report.listed) == (count + 2, count + 2)
     # The same site goes on in the cache directory of the one that was killed
     db.close()
-    db = open_db(location, directory)
+    db = open_db(location, directory, addressing=addressing)
     with db.transaction() as conn:
         assert read(conn.root()["rewritten"]) == contents("rewritten", count, size)
         conn.root()["rewritten"] = Blob(b"next")
@@ -199,29 +209,38 @@ def surviving(db):
         for value in conn.root().values():
             if isinstance(value, Blob):
                 value._p_activate()
-                yield blob_key(value._p_oid, value._p_serial)
+                oid, tid = value._p_oid, value._p_serial
+                yield blob_key(oid, read_reference(db.storage.loadSerial(oid, tid)) or tid)
 
 
+both_addressings = pytest.mark.parametrize("addressing", ["tid", "record"])
+
+
+@both_addressings
 @pytest.mark.parametrize(
     ("point", "lost"),
     [
         ("staged", True),
         ("uploaded", True),
+        ("begun", True),
+        ("stored", True),
         ("voted", True),
         ("in finish", True),
         ("base finished", False),
         ("finished", False),
     ],
 )
-def test_kill_at_a_step_of_the_commit_leaves_all_or_nothing(s3, tmp_path, victim, point, lost):
+def test_kill_at_a_step_of_the_commit_leaves_all_or_nothing(
+    s3, tmp_path, victim, point, lost, addressing
+):
     """What the base has finished is there with its bytes, what it has not leaves no trace."""
-    process = victim(point, 1000, tmp_path, s3)
+    process = victim(point, 1000, tmp_path, s3, addressing)
     process.wait_for("ready")
     process.go_on()
     process.wait_for("reached")
     process.kill()
     assert process.committed == BEFORE + (point == "finished")
-    check_afterwards(s3, tmp_path, BEFORE + (not lost), 1000)
+    check_afterwards(s3, tmp_path, BEFORE + (not lost), 1000, addressing)
 
 
 def is_put_after(count):
@@ -237,6 +256,7 @@ def is_put_after(count):
     return matches
 
 
+@both_addressings
 @pytest.mark.parametrize(
     ("size", "matches"),
     [
@@ -251,28 +271,31 @@ def is_put_after(count):
         ),
     ],
 )
-def test_kill_in_the_middle_of_an_upload_leaves_nothing(s3, tmp_path, victim, size, matches):
+def test_kill_in_the_middle_of_an_upload_leaves_nothing(
+    s3, tmp_path, victim, size, matches, addressing
+):
     """A request that is cut off makes no object that is ever taken for a blob."""
     with TcpProxy(s3.endpoint_url) as proxy:
-        process = victim("finished", size, tmp_path, proxy.location(s3))
+        process = victim("finished", size, tmp_path, proxy.location(s3), addressing)
         process.wait_for("ready")
         proxy.hold(matches)
         process.go_on()
         assert proxy.reached.wait(PATIENCE)
         process.kill()
         proxy.release()
-    check_afterwards(s3, tmp_path, BEFORE, size)
+    check_afterwards(s3, tmp_path, BEFORE, size, addressing)
 
 
-def test_orphan_whose_oid_another_object_got_stays_and_is_counted(s3, tmp_path, victim):
+@both_addressings
+def test_orphan_whose_oid_another_object_got_stays_and_is_counted(s3, tmp_path, victim, addressing):
     """A FileStorage gives the crashed transaction's oid out again: that key alone is kept."""
-    process = victim("voted", 10, tmp_path, s3)
+    process = victim("voted", 10, tmp_path, s3, addressing)
     process.wait_for("ready")
     process.go_on()
     process.wait_for("reached")
     process.kill()
     crashed = set(keys(s3))
-    db = open_db(s3, tmp_path, cache="empty")
+    db = open_db(s3, tmp_path, cache="empty", addressing=addressing)
     with db.transaction() as conn:
         surviving_before = set(surviving(db))
         conn.root()["plain"] = type(conn.root())()
@@ -287,14 +310,15 @@ def test_orphan_whose_oid_another_object_got_stays_and_is_counted(s3, tmp_path, 
     db.close()
 
 
-def test_orphan_whose_oid_another_blob_got_is_deleted(s3, tmp_path, victim):
+@both_addressings
+def test_orphan_whose_oid_another_blob_got_is_deleted(s3, tmp_path, victim, addressing):
     """The oid is a blob's again: its revisions say that the orphan is none of them."""
-    process = victim("voted", 10, tmp_path, s3)
+    process = victim("voted", 10, tmp_path, s3, addressing)
     process.wait_for("ready")
     process.go_on()
     process.wait_for("reached")
     process.kill()
-    db = open_db(s3, tmp_path)
+    db = open_db(s3, tmp_path, addressing=addressing)
     with db.transaction() as conn:
         conn.root()["again"] = Blob(b"again")
     db.pack(time.time() + 1)

@@ -8,6 +8,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
+from ZODB.utils import u64
 from ZODB.utils import z64
 
 from zodb_s3blobs.interfaces import IntegrityError
@@ -130,25 +131,52 @@ def test_failed_download_is_tried_again_by_the_next_who_asks(cold):
 
 def test_absent_object_is_a_poskeyerror_with_its_key(cold):
     """The bucket answered and has no such blob: it is gone."""
-    storage, _client, tid = cold
-    for oid, serial in ((p64(2), tid), (OID, p64(5)), (OID, z64)):
+    storage, client, tid = cold
+    lost = [(OID, tid), (p64(2), commit_record(storage, p64(2), record=BLOB_RECORD))]
+    client.client.delete_object(blob_key(OID, tid))
+    for oid, serial in lost:
         with pytest.raises(POSKeyError, match=blob_key(oid, serial)):
             storage.loadBlob(oid, serial)
+    assert client.count("download_file") == 2
     assert leftovers(storage) == []
+
+
+@pytest.mark.parametrize("addressing", ["auto", "record"])
+@pytest.mark.parametrize("kind", ["FileStorage", "MappingStorage"])
+def test_revision_that_a_local_base_does_not_have_is_a_poskeyerror_at_once(
+    s3, tmp_path, kind, addressing
+):
+    """It knows: S3 is not asked, which may be down."""
+    base = MappingStorage() if kind == "MappingStorage" else None
+    storage, client = make_storage(s3, tmp_path, base=base, addressing=addressing)
+    tid = commit_blob(storage, OID, b"bytes")
+    client.before["download_file"] = Failure()
+    client.calls.clear()
+    for oid, serial in ((p64(2), tid), (OID, p64(5)), (OID, p64(u64(tid) + 1)), (OID, z64)):
+        with pytest.raises(POSKeyError):
+            storage.loadBlob(oid, serial)
+        with pytest.raises(POSKeyError):
+            storage.openCommittedBlobFile(oid, serial)
+    assert client.calls == []
+    assert leftovers(storage) == []
+    storage.close()
 
 
 def test_bucket_that_is_missing_or_denied_is_never_a_poskeyerror(s3, rclone, tmp_path):
     """A mistake in the configuration must not look like lost data."""
+    base = FileStorage(f"{tmp_path}/Data.fs")
+    tid = commit_record(base, OID, record=BLOB_RECORD)
+    base.close()
     other = new_bucket(rclone)
     boto3_client(other).delete_bucket(Bucket=other.bucket)
     storage = open_storage(other, tmp_path)
     with pytest.raises(PermanentS3Error, match="NoSuchBucket"):
-        storage.loadBlob(OID, p64(5))
+        storage.loadBlob(OID, tid)
     storage.close()
     denied = type(s3)(s3.endpoint_url, s3.access_key, "wrong", s3.bucket)
     storage = open_storage(denied, tmp_path)
     with pytest.raises(PermanentS3Error, match="s3-secret-key"):
-        storage.loadBlob(OID, p64(5))
+        storage.loadBlob(OID, tid)
     storage.close()
 
 
@@ -170,7 +198,8 @@ class TestSources:
     @pytest.fixture
     def old(self, tmp_path):
         """(blob directory, tid) of a database that has not migrated."""
-        stock = FileStorage(f"{tmp_path}/Old.fs", blob_dir=f"{tmp_path}/old")
+        # Under the name that `make_storage` opens
+        stock = FileStorage(f"{tmp_path}/Data.fs", blob_dir=f"{tmp_path}/old")
         tid = commit_blob(stock, OID, b"old")
         stock.close()
         return f"{tmp_path}/old", tid
@@ -178,14 +207,14 @@ class TestSources:
     def test_source_is_asked_when_the_bucket_has_no_such_object(self, s3, tmp_path, old):
         """Blobs of the old directory are served, through the cache."""
         directory, tid = old
-        storage, client = make_storage(
-            s3, tmp_path, base=MappingStorage(), sources=[BlobDirSource(directory)]
-        )
+        storage, client = make_storage(s3, tmp_path, sources=[BlobDirSource(directory)])
         assert load(storage, OID, tid) == b"old"
         assert storage.loadBlob(OID, tid) == storage.fshelper.getBlobFilename(OID, tid)
         assert client.count("download_file") == 1
-        with pytest.raises(POSKeyError):
-            storage.loadBlob(p64(2), tid)
+        lost = commit_record(storage, p64(2), record=BLOB_RECORD)
+        with pytest.raises(POSKeyError, match=blob_key(p64(2), lost)):
+            storage.loadBlob(p64(2), lost)
+        assert client.count("download_file") == 2
         storage.close()
 
     def test_source_that_fails_is_not_taken_for_one_that_has_nothing(self, s3, tmp_path, old):
@@ -193,7 +222,7 @@ class TestSources:
         directory, tid = old
         source = BlobDirSource(directory)
         source.fetch = Failure(PermissionError(13, "says the test"))
-        storage, _client = make_storage(s3, tmp_path, base=MappingStorage(), sources=[source])
+        storage, _client = make_storage(s3, tmp_path, sources=[source])
         with pytest.raises(PermissionError):
             storage.loadBlob(OID, tid)
         assert leftovers(storage) == []
@@ -205,8 +234,9 @@ class TestSources:
         storage, client = make_storage(s3, tmp_path, sources=[BlobDirSource(directory)])
         client.before["download_file"] = Failure()
         assert load(storage, OID, tid) == b"old"
+        other = commit_record(storage, p64(2), record=BLOB_RECORD)
         with pytest.raises(TransientS3Error):
-            storage.loadBlob(OID, p64(5))
+            storage.loadBlob(p64(2), other)
         storage.close()
 
     def test_file_of_the_old_directory_is_neither_moved_nor_changed(self, s3, tmp_path, old):
@@ -217,10 +247,8 @@ class TestSources:
             for place, _names, names in os.walk(directory)
             for name in names
         }
-        storage, _client = make_storage(
-            s3, tmp_path, base=MappingStorage(), sources=[BlobDirSource(directory)]
-        )
-        load(storage, OID, tid)
+        storage, _client = make_storage(s3, tmp_path, sources=[BlobDirSource(directory)])
+        assert load(storage, OID, tid) == b"old"
         storage.close()
         for path, changed in before.items():
             assert os.stat(path).st_mtime_ns == changed
@@ -417,8 +445,9 @@ class TestReference:
         with pytest.raises(TransientS3Error, match="says the test"):
             storage.loadBlob(OID, tid)
 
+    @pytest.mark.parametrize("opened", ["history", "no history"], indirect=True)
     def test_revision_whose_record_is_gone_is_looked_for_under_its_tid(self, opened, s3):
-        """Packed meanwhile, or never there: the answer is the bucket's."""
+        """Packed meanwhile, or never there: a shared base leaves the answer to the bucket."""
         storage, _client = opened()
         commit_record(storage, p64(9))
         self.put(s3, blob_key(OID, p64(5)))

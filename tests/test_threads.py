@@ -1,5 +1,6 @@
 """Eight threads over one FileStorage, as a Zope server has them: nothing lost, nothing mixed up."""
 
+from base64 import encodebytes
 import random
 import threading
 import time
@@ -9,8 +10,14 @@ import pytest
 import transaction
 from transaction.interfaces import TransientError
 from ZODB.blob import Blob
+from ZODB.FileStorage.fspack import PackError
 from ZODB.POSException import POSKeyError
+from ZODB.POSException import UndoError
 
+from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.records import read_reference
+
+from .services.location import keys
 from .storages import leftovers
 from .storages import open_db
 from .storages import random_bytes
@@ -48,6 +55,8 @@ class Worker:
     :param retried: the errors that a request is tried again for.
     """
 
+    rounds = ROUNDS
+
     def __init__(self, db, number, failures, retried):
         self._db = db
         self._number = number
@@ -60,7 +69,7 @@ class Worker:
         self.raised = dict.fromkeys(range(SHARED), 0)
 
     def __call__(self):
-        for turn in range(ROUNDS):
+        for turn in range(self.rounds):
             if self._failures.is_set():
                 return
             try:
@@ -70,12 +79,18 @@ class Worker:
                 raise
 
     def _request(self, turn):
+        shared = self._commit(lambda root: self._change(root, turn))
+        self.committed[f"t{self._number}-{turn}"] = turn
+        self.raised[shared] += 1
+
+    def _commit(self, change):
+        """Commit what change(root) does, and return its result; again after a conflict."""
         manager = transaction.TransactionManager()
         for _attempt in range(200):
             conn = self._db.open(manager)
             try:
                 manager.begin()
-                shared = self._change(conn.root(), turn)
+                result = change(conn.root())
                 manager.commit()
             except self._retried:
                 self.conflicts += 1
@@ -84,9 +99,7 @@ class Worker:
             finally:
                 manager.abort()
                 conn.close()
-            self.committed[f"t{self._number}-{turn}"] = turn
-            self.raised[shared] += 1
-            return
+            return result
         raise AssertionError("too many conflicts")
 
     def _change(self, root, turn):
@@ -108,8 +121,67 @@ class Worker:
         return shared
 
 
-def run(db, while_running=None):
-    """Let all workers loose; return them when they are done."""
+class UndoingWorker(Worker):
+    """One that also has a blob which it writes, takes back, and brings back again."""
+
+    rounds = 50
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.undone = self.refused = 0
+        self._oid = None
+        # The last transaction that wrote our blob, and the version before it.
+        self._undoable = None
+
+    def _request(self, turn):
+        what = turn % 5
+        if what in (0, 2):
+            super()._request(turn)
+        elif what == 1 or self._undoable is None:
+            self._write(100 * self._number + turn)
+        else:
+            self._undo()
+
+    def _write(self, version):
+        def change(root):
+            blobs = root[f"of {self._number}"]
+            if "own" not in blobs:
+                blobs["own"] = Blob()
+            with blobs["own"].open("w") as file:
+                file.write(Contents.make("own", version))
+            return blobs["own"]
+
+        before = self.committed.get("own")
+        self._oid = self._commit(change)._p_oid
+        self._now_is(version, before)
+
+    def _undo(self):
+        tid, before = self._undoable
+        manager = transaction.TransactionManager()
+        manager.begin()
+        try:
+            self._db.undo(encodebytes(tid).rstrip(), manager.get())
+            manager.commit()
+        except UndoError:  # packed
+            manager.abort()
+            self.refused += 1
+            self._undoable = None
+        else:
+            self.undone += 1
+            self._now_is(before, self.committed["own"])
+
+    def _now_is(self, version, before):
+        self.committed["own"] = version
+        # Nobody else writes it. What created it is not taken back.
+        tid = self._db.storage.getTid(self._oid)
+        self._undoable = (tid, before) if before is not None else None
+
+
+def run(db, while_running=None, kind=Worker):
+    """Let all workers loose; return them when they are done.
+
+    :param kind: their class.
+    """
     retried = (TransientError,)
     if while_running:
         # A pack takes revisions away that older transactions still want, in stock ZODB, too.
@@ -122,7 +194,7 @@ def run(db, while_running=None):
         for number in range(THREADS):
             root[f"of {number}"] = OOBTree()
     failures = threading.Event()
-    workers = [Worker(db, number, failures, retried) for number in range(THREADS)]
+    workers = [kind(db, number, failures, retried) for number in range(THREADS)]
     threads = [start(worker) for worker in workers]
     while while_running and any(thread.is_alive() for thread in threads):
         while_running()
@@ -131,9 +203,9 @@ def run(db, while_running=None):
     return workers
 
 
-def verify(location, directory, workers):
+def verify(location, directory, workers, **options):
     """Look at everything through a database of its own with an empty cache."""
-    db = open_db(location, directory, cache="empty")
+    db = open_db(location, directory, cache="empty", **options)
     with db.transaction() as conn:
         root = conn.root()
         for number, worker in enumerate(workers):
@@ -156,6 +228,7 @@ def verify(location, directory, workers):
     [
         pytest.param({}, id="defaults"),
         pytest.param({"cache_size": "300KB", "upload_concurrency": "1"}, id="tight"),
+        pytest.param({"addressing": "record"}, id="by record"),
     ],
 )
 def test_eight_threads_lose_and_mix_up_nothing(s3, tmp_path, options):
@@ -187,3 +260,52 @@ def test_eight_threads_under_a_packer_lose_nothing(s3, tmp_path):
     db.close()
     report = verify(s3, tmp_path, workers)
     assert (report.kept, report.garbage) == (THREADS * ROUNDS + SHARED, 0)
+
+
+def references(db):
+    """Return the keys that the surviving revisions of all blobs refer to; each is read."""
+    storage, found = db.storage, set()
+    with db.transaction() as conn:
+        root = conn.root()
+        folders = [root["shared"], *(root[f"of {number}"] for number in range(THREADS))]
+        names = {b._p_oid: name for folder in folders for name, b in folder.items()}
+    for oid, name in names.items():
+        for entry in storage.history(oid, size=10**6):
+            tid = entry["tid"]
+            with open(storage.loadBlob(oid, tid), "rb") as file:
+                Contents.check(f"s{name}" if isinstance(name, int) else name, file.read())
+            found.add(blob_key(oid, read_reference(storage.loadSerial(oid, tid))))
+    return found
+
+
+def test_eight_threads_that_undo_under_a_packer_are_exact_at_the_end(s3, tmp_path):
+    """By record: each surviving revision has its bytes, and no other object or file is there."""
+    db = open_db(s3, tmp_path, addressing="record")
+    packs = []
+
+    def pack():
+        try:
+            # To various times, so that there is something left to be undone.
+            db.pack(time.time() - len(packs) % 3 / 2)
+        except PackError:
+            db.storage.sweep()  # a FileStorage cannot pack while there is an undo
+        else:
+            packs.append(db.lastTransaction())
+
+    workers = run(db, pack, UndoingWorker)
+    assert len(packs) > 3
+    for count in ("conflicts", "undone"):
+        assert sum(getattr(worker, count) for worker in workers) > THREADS, count
+    assert leftovers(db.storage) == []
+    db.close()
+    verify(s3, tmp_path, workers, addressing="record")
+    db = open_db(s3, tmp_path, cache="another", addressing="record")
+    expected = references(db)
+    assert expected <= set(keys(s3))
+    db.storage.sweep()
+    assert set(keys(s3)) == expected
+    db.pack(time.time() + 1)
+    assert sorted(references(db)) == keys(s3)
+    assert len(keys(s3)) == SHARED + sum(len(worker.committed) for worker in workers)
+    db.close()
+    verify(s3, tmp_path, workers)  # read by whatever addressing

@@ -6,12 +6,17 @@ from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
 from ZODB.interfaces import IStorageWrapper
+
+
+# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
+LARGEST_BLOB_RECORD = 4096
 
 
 class Reading(NamedTuple):
@@ -44,8 +49,8 @@ class Undone(NamedTuple):
 
     #: what the base returns
     result: Any
-    #: tid of the revisions it has written
-    tid: bytes
+    #: tid of the revisions it has written; None where only the end of the transaction tells
+    tid: bytes | None
     sources: Iterable[Source]
 
 
@@ -81,11 +86,23 @@ class Snapshot(Protocol):
 class Base(Protocol):
     """A base storage, or one instance of it."""
 
+    #: what the proxy passes through
+    storage: Any
+
     #: whether a transaction knows its tid as soon as it has begun
     tells_tid: bool
 
     #: whether revisions stay that are no longer current, until a pack
     keeps_history: bool
+
+    #: whether other processes commit, too
+    shared: bool
+
+    #: whether it knows all that needs the blobs in its place
+    tells_garbage: bool
+
+    #: where the blobs are of revisions that others have stored
+    sources: Sequence[Any]
 
     #: whether an undo that has not ended may bring back what a snapshot no longer shows
     hides_undo: bool
@@ -100,7 +117,10 @@ class Base(Protocol):
         """Return the tid of the transaction that has begun; None where only the end tells."""
 
     def record(self, oid: bytes, serial: bytes) -> bytes | None:
-        """Return the record of a revision, None when it is gone."""
+        """Return the record of a revision, None when it is gone.
+
+        :raises POSKeyError: when nobody can want its blob any more.
+        """
 
     def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
         """Undo a transaction."""
@@ -120,6 +140,9 @@ class Base(Protocol):
     def running(self) -> Any:
         """Return the transaction that has begun, or None."""
 
+    def about_to_pack(self) -> None:
+        """Take note that the storage is packed next."""
+
     def copied(self) -> None:
         """Take note that all transactions of another storage have been stored."""
 
@@ -127,6 +150,13 @@ class Base(Protocol):
 def tid_of(transaction_id: bytes) -> bytes:
     """Return the tid that an undo id stands for."""
     return decodebytes(transaction_id + b"\n")
+
+
+def is_read_only(storage: Any) -> bool:
+    """Tell whether a storage refuses writers."""
+    # A ZEO client also says so while it has no connection, which it may have again at any moment.
+    is_connected = getattr(storage, "is_connected", None)
+    return bool(storage.isReadOnly() and (is_connected is None or is_connected()))
 
 
 def innermost(storage: Any) -> Any:

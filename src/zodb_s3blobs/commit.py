@@ -143,9 +143,22 @@ class TransactionBlobs:
 
         :param source_stamp: what the other one's record refers to.
         """
-        blob = StagedBlob(oid, tid, tid, None, self._owns_keys)
+        self._copy_to(StagedBlob(oid, tid, tid, None, self._owns_keys), source_tid, source_stamp)
+
+    def copy_by_record(self, oid: bytes, source_tid: bytes, store: StoreRecord) -> None:
+        """Give the transaction's own revision of a blob the bytes of another one.
+
+        :param store: called by the vote, when the record is to be stored with a stamp.
+        """
+        blob = StagedBlob(oid, self.tid, new_stamp(), None, is_ours=True)
+        blob.store = store
+        blob.is_to_store = True
+        self._copy_to(blob, source_tid, None)
+
+    def _copy_to(self, blob: StagedBlob, source_tid: bytes, source_stamp: bytes | None) -> None:
         self._enter(blob)
-        key = blob.key
+        oid, key = blob.oid, blob.key
+        blob.since = self._services.clocks()
         blob.upload = self._services.pool.start(
             lambda cancelled: self._copy(oid, source_tid, source_stamp, key)
         )
@@ -211,6 +224,10 @@ class TransactionBlobs:
             raise StorageTransactionError("a blob could not be staged: abort the transaction")
         self._wait_for_uploads()
         self._renew()
+        for blob in self._blobs.values():
+            if blob.store is not None and blob.is_to_store:
+                blob.store(blob.name)
+                blob.is_to_store = False
         # Only now: what is evicted for it could not be fetched again while S3 is down.
         staged = list(self._staged())
         try:
@@ -242,7 +259,7 @@ class TransactionBlobs:
     def _renew(self) -> None:
         """Upload again, under new stamps, what a sweep in another process may soon take."""
         for attempt in range(RENEWALS + 1):
-            old = [blob for blob in self._blobs.values() if self._age(blob) > RENEWAL]
+            old = [blob for blob, _path in self._staged() if self._age(blob) > RENEWAL]
             if not old:
                 return
             if attempt == RENEWALS:
@@ -267,8 +284,8 @@ class TransactionBlobs:
 
     def _age(self, blob: StagedBlob) -> float:
         """Return the age of a blob's object as a part of the grace period."""
-        if blob.path is None or not self._services.grace:
-            return 0.0
+        if (blob.path is None and blob.store is None) or not self._services.grace:
+            return 0.0  # a copy to the key of a tid, which is above all others
         now = self._services.clocks()
         age = max(after - before for before, after in zip(blob.since, now, strict=True))
         return age / self._services.grace

@@ -268,6 +268,7 @@ def _check_base(base: Any) -> None:
             raise ValueError(
                 f"the storage inside has a blob-dir, {blob_dir}, where undo would look for"
                 " files that are in S3: remove it there, and name it as a <blobdir-source> unless"
-                " it is a cache only, as RelStorage's is with shared-blob-dir false"
+                " it is a cache only, as a RelStorage's or ZEO client's is with shared-blob-dir"
+                " false"
             )
         base = getattr(section, "base", None)

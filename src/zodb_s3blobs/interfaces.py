@@ -45,6 +45,11 @@ class S3OperationError(StorageError):
     oid: bytes | None = None
     tid: bytes | None = None
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        #: the message; a ZEO server sends its clients an error's attributes, where it has some
+        self.text = str(self)
+
 
 class TransientS3Error(S3OperationError, TransientError):
     """S3 cannot be reached or is busy: retrying the transaction may succeed."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 import os
 from typing import Any
@@ -15,6 +16,7 @@ from ZODB.utils import u64
 
 from .basecontract import Base
 from .basecontract import innermost
+from .basecontract import LARGEST_BLOB_RECORD
 from .basecontract import Read
 from .basecontract import Revisions
 from .basecontract import Source
@@ -25,8 +27,6 @@ from .basecontract import Undone
 from .basecontract import Wanted
 
 
-# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
-LARGEST_BLOB_RECORD = 4096
 # RelStorage gives out oids in blocks of these.
 OIDS_AT_ONCE = 16
 
@@ -38,9 +38,12 @@ class RelStorageBase:
     """
 
     tells_tid = False
+    shared = True
+    tells_garbage = True
+    sources: Sequence[Any] = ()
 
     def __init__(self, base: Any, root: Any = None) -> None:
-        self._base = base
+        self.storage = base
         self._root = base if root is None else root  # an empty RelStorage is false
         self._relstorage = innermost(self._root)
         self.keeps_history: bool = self._relstorage.keep_history
@@ -63,7 +66,7 @@ class RelStorageBase:
     def record(self, oid: bytes, serial: bytes) -> bytes | None:
         # Not loadBefore, which makes three queries and never asks the cache.
         try:
-            data: bytes | None = self._base.loadSerial(oid, serial)
+            data: bytes | None = self.storage.loadSerial(oid, serial)
         except POSKeyError:
             # The view of this instance may be older than the revision.
             with self.snapshot() as snapshot:
@@ -76,8 +79,8 @@ class RelStorageBase:
         # RelStorage lets others pack, though this transaction has not ended.
         with self.snapshot() as snapshot:
             sources = list(snapshot.before(tid_of(transaction_id)))
-        result = self._base.undo(transaction_id, transaction)
-        tid = innermost(self._base)._tpc_phase.committing_tid_lock.tid
+        result = self.storage.undo(transaction_id, transaction)
+        tid = innermost(self.storage)._tpc_phase.committing_tid_lock.tid
         return Undone(result, tid, sources)
 
     @contextmanager
@@ -118,7 +121,7 @@ class RelStorageBase:
 
     def running(self) -> Any:
         # Not tpc_transaction, which fails while RelStorage restores.
-        phase = getattr(innermost(self._base), "_tpc_phase", None)
+        phase = getattr(innermost(self.storage), "_tpc_phase", None)
         state = getattr(phase, "shared_state", None)
         return state.transaction if state else None
 
@@ -134,6 +137,9 @@ class RelStorageBase:
                 relstorage._adapter.lock_database_and_choose_next_tid(cursor, b"", b"", b"")
             finally:
                 instance.tpc_abort(transaction)
+
+    def about_to_pack(self) -> None:
+        pass
 
     def copied(self) -> None:
         # As RelStorage does after a copy of its own: its tables have changed as a whole.

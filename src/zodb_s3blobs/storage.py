@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from functools import partial
+import logging
 import os
 from typing import Any
 
 from ZODB.blob import BlobFile
 from ZODB.blob import is_blob_record
+from ZODB.DemoStorage import DemoStorage
 from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IBlobStorageRestoreable
 from ZODB.interfaces import IMVCCStorage
@@ -16,6 +19,7 @@ from ZODB.interfaces import IStorageRestoreable
 from ZODB.POSException import ReadOnlyError
 from ZODB.POSException import StorageError
 from ZODB.POSException import StorageTransactionError
+from ZODB.POSException import Unsupported
 from ZODB.utils import u64
 from ZODB.utils import z64
 from zope.interface import directlyProvides
@@ -24,7 +28,10 @@ from zope.interface import providedBy
 
 from . import blobpatch
 from .basecontract import Base
+from .basecontract import innermost
+from .basecontract import is_read_only
 from .basecontract import Reading
+from .basecontract import Source
 from .bases import base_of
 from .commit import TransactionBlobs
 from .copying import copy_transactions
@@ -45,12 +52,21 @@ from .staged import remove_quietly
 from .uploads import UploadPool
 
 
+logger = logging.getLogger(__name__)
+
+
 class FileNames:
     """What ZODB's own tools ask a blob storage's ``fshelper`` for."""
 
     def __init__(self, cache: Any, temp_dir: str) -> None:
         self.temp_dir = temp_dir
         self.getBlobFilename = cache.path
+
+    def getPathForOID(self, oid: bytes, create: bool = False) -> str:
+        """Refuse: a ZEO server asks for it where a client takes our cache for a blob directory."""
+        raise Unsupported(
+            "the cache is no blob directory: a <zeoclient> needs shared-blob-dir false"
+        )
 
 
 @implementer(IS3BlobStorage)
@@ -60,13 +76,15 @@ class S3BlobStorage:
     Where the base is an IMVCCStorage, so is this, and each of its instances
     passes one instance of the base through.
 
-    :param base_storage: a FileStorage, MappingStorage or RelStorage without blobs of its own.
+    :param base_storage: a FileStorage, MappingStorage, RelStorage, DemoStorage or ZEO client
+        without blobs of its own.
     :param IS3Client s3_client: where the blobs are.
     :param IS3BlobCache cache: where they are on this host.
     :param str temp_dir: for uncommitted files; by default the cache's, and best on its file system.
     :param sources: further places to read blobs from, asked after S3 in this order.
     :param UploadPool pool: by default one of 32 threads.
-    :param str addressing: "auto", or "tid" or "record" where the base must be of that kind.
+    :param str addressing: "auto", "tid" or "record". By record a FileStorage or MappingStorage
+        hears of a transaction when its uploads are done; the others know no other way.
     :param float gc_grace: age in seconds below which an object that no record refers to may belong
         to a transaction of another process. The same in all processes.
     :raises ValueError: when the base storage cannot be wrapped.
@@ -84,27 +102,24 @@ class S3BlobStorage:
         addressing: str = "auto",
         gc_grace: float = 86400.0,
     ) -> None:
-        base = base_of(base_storage, addressing)
-        blobpatch.install()
         temp_dir = os.path.abspath(temp_dir or cache.temp_dir)
+        base = base_of(base_storage, addressing, temp_dir)
+        blobpatch.install()
         os.makedirs(temp_dir, mode=0o700, exist_ok=True)
-        loader = BlobLoader(cache, s3_client, sources)
+        loader = BlobLoader(cache, s3_client, [*sources, *base.sources])
         open_keys = OpenKeys()
         pool = pool or UploadPool()
-        # Where a base tells tids, that of a transaction in flight is above all others.
-        grace = 0.0 if base.tells_tid else gc_grace
+        # Only the sweep of another process does not know what is in flight here.
+        grace = gc_grace if base.shared else 0.0
         services = BlobServices(s3_client, cache, loader, pool, open_keys, temp_dir, grace)
         closeables = pool, *sources, cache, s3_client
-        self.__pass_through(base_storage, base, services, closeables)
+        self.__pass_through(base, services, closeables)
         self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__read, gc_grace)
 
     def __pass_through(
-        self,
-        base_storage: Any,
-        base: Base,
-        services: BlobServices,
-        closeables: Sequence[Any] = (),
+        self, base: Base, services: BlobServices, closeables: Sequence[Any] = ()
     ) -> None:
+        base_storage = base.storage
         self.__base = base_storage
         self.__kind = base
         self.__services = services
@@ -130,6 +145,7 @@ class S3BlobStorage:
         "before_instance": "_S3BlobStorage__before_instance",
         "copyTransactionsFrom": "_S3BlobStorage__copy_transactions_from",
         "new_instance": "_S3BlobStorage__new_instance",
+        "push": "_S3BlobStorage__push",
         "release": "_S3BlobStorage__release",
         "restoreBlob": "_S3BlobStorage__restore_blob",
         "undo": "_S3BlobStorage__undo",
@@ -165,7 +181,7 @@ class S3BlobStorage:
 
     def __around(self, instance: Any) -> S3BlobStorage:
         other = type(self).__new__(type(self))
-        other.__pass_through(instance, self.__kind.of(instance), self.__services)
+        other.__pass_through(self.__kind.of(instance), self.__services)
         other.__sweeper = self.__sweeper
         other.__transform = self.__transform
         other.__untransform = self.__untransform
@@ -212,6 +228,10 @@ class S3BlobStorage:
     def __find_reference(self, oid: bytes, serial: bytes) -> bytes | None:
         record = self.__kind.record(oid, serial)
         return read_reference(self.__untransform(record)) if record else None
+
+    def __push(self, changes: Any = None) -> Any:
+        """Put a DemoStorage around this, as a DemoStorage inside would around itself."""
+        return DemoStorage(base=self, changes=changes, close_base_on_close=False)
 
     # Two-phase commit
 
@@ -276,8 +296,8 @@ class S3BlobStorage:
         except ValueError as error:
             raise StorageError(
                 f"the blob 0x{u64(oid):x} cannot be stored: its record is not a ZODB.blob.Blob's,"
-                f" and a {type(self.__base).__name__} does not tell in time under which tid to"
-                " keep it"
+                f" and where a {type(innermost(self.__base)).__name__} keeps it only a reference"
+                " in its record can tell"
             ) from error
 
     def __restore_blob(
@@ -304,11 +324,22 @@ class S3BlobStorage:
             for source in undone.sources:
                 # A reference travels with its record.
                 reading = self.__read(source.record) if source.record else Reading(False, None)
-                if reading.is_blob and reading.stamp is None:
+                if not reading.is_blob or reading.stamp is not None:
+                    blobs.drop(source.oid, undone.tid)
+                elif undone.tid is not None:
                     blobs.copy(source.oid, undone.tid, source.tid)
                 else:
-                    blobs.drop(source.oid, undone.tid)
+                    store = partial(self.__store_current, transaction, source)
+                    blobs.copy_by_record(source.oid, source.tid, store)
         return undone.result
+
+    def __store_current(self, transaction: Any, source: Source, stamp: bytes) -> None:
+        """Store what an undo has made current again, with a reference."""
+        assert source.record is not None
+        record = self.__refer(source.oid, source.record, stamp)
+        # What is current is perhaps the end of the object, which has a tid, too.
+        serial = self.__base.history(source.oid)[0]["tid"]
+        self.__base.store(source.oid, serial, record, "", transaction)
 
     def tpc_vote(self, transaction: Any) -> Any:
         """Wait for all uploads, then vote on the base.
@@ -388,22 +419,41 @@ class S3BlobStorage:
     def pack(self, *args: Any, **kw: Any) -> Any:
         """Pack the base, then delete the objects that no surviving revision needs.
 
+        Nothing is deleted where the base, such as a DemoStorage, does not tell what is garbage.
         Further arguments are the base's. What RelStorage calls ``prepack_only`` and ``check_refs``
         removes nothing, and nothing is swept after it.
         """
+        sweeps = not (kw.get("prepack_only") or kw.get("check_refs"))
+        if not self.__kind.tells_garbage:
+            sweeps = False
+            logger.info("pack without a sweep: %r does not tell what is garbage", self.__base)
+        if sweeps:
+            self.__refuse_read_only()
+            self.__kind.about_to_pack()
         result = self.__base.pack(*args, **kw)
-        if not (kw.get("prepack_only") or kw.get("check_refs")):
+        if sweeps:
             self.sweep()
         return result
+
+    def __refuse_read_only(self) -> None:
+        if is_read_only(self.__base):
+            raise ReadOnlyError("the storage inside is open for reading only")
 
     def sweep(self, dry_run: bool = False) -> SweepReport:
         """Delete the objects that no surviving revision needs; with dry_run only count them.
 
         :raises OtherDatabaseError: when the bucket is not this database's alone.
         :raises ReadOnlyError: when the base is read-only, unless dry_run.
+        :raises Unsupported: when the base, such as a DemoStorage, does not tell what is garbage.
         """
-        if not dry_run and self.__base.isReadOnly():
-            raise ReadOnlyError("a sweep deletes: open the storage inside for writing")
+        if not self.__kind.tells_garbage:
+            raise Unsupported(
+                f"{self.__base!r} does not tell what is garbage: a DemoStorage does not know what"
+                " the database below it needs, nor does a ZEO server tell that of a storage without"
+                " record_iternext. Sweep with a storage around the database itself"
+            )
+        if not dry_run:
+            self.__refuse_read_only()
         return self.__sweeper.sweep(dry_run)
 
     def rewrite_by_tid(self) -> RewriteReport:
@@ -417,8 +467,7 @@ class S3BlobStorage:
 
         :raises ReadOnlyError: when the base is read-only.
         """
-        if self.__base.isReadOnly():
-            raise ReadOnlyError("rewriting stores records: open the storage inside for writing")
+        self.__refuse_read_only()
 
         def strip(record: bytes) -> bytes:
             return self.__transform(without_reference(self.__untransform(record)))

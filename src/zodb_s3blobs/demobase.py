@@ -1,0 +1,57 @@
+"""A DemoStorage as base: changes over a database that it only reads."""
+
+from collections.abc import Sequence
+import shutil
+from typing import Any
+
+from ZODB.interfaces import IBlobStorage
+from ZODB.POSException import POSKeyError
+
+from .historybase import HistoryBase
+
+
+class DemoBase(HistoryBase):
+    """A DemoStorage, perhaps inside wrappers that keep it as ``base``.
+
+    What is garbage cannot be told: the database below goes on without it, and may have its
+    blobs in the same place, and oids are chosen at random.
+
+    :raises ValueError: when it has a place for blobs among its changes.
+    """
+
+    tells_garbage = False
+
+    def __init__(self, storage: Any) -> None:
+        super().__init__(storage)
+        if IBlobStorage.providedBy(self._innermost.changes):
+            raise ValueError(
+                "the changes of this DemoStorage have a place for blobs, which would not be used:"
+                " remove its blob-dir, or put the <s3blobstorage> around the changes instead"
+            )
+        below = self._innermost.base
+        self.sources: Sequence[Any] = (
+            [StorageSource(below)] if IBlobStorage.providedBy(below) else []
+        )
+
+    def running(self) -> Any:
+        return self.storage.tpc_transaction()
+
+
+class StorageSource:
+    """Another storage, whose blobs are read; it is not ours to close."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+
+    def fetch(self, oid: bytes, tid: bytes, target_path: str) -> bool:
+        """Copy the blob's bytes to target_path, or return False when it has none."""
+        try:
+            source = self._storage.openCommittedBlobFile(oid, tid)
+        except POSKeyError:
+            return False
+        with source, open(target_path, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        return True
+
+    def close(self) -> None:
+        """The DemoStorage closes it."""
