@@ -22,9 +22,9 @@ from urllib.parse import parse_qs
 from urllib.parse import unquote
 from urllib.parse import urlsplit
 
-from tests.services.process import end
-from tests.services.process import spawn
-from tests.services.process import wait_for_line
+from zodb_s3blobs.testing.process import end
+from zodb_s3blobs.testing.process import spawn
+from zodb_s3blobs.testing.process import wait_for_line
 
 
 PAGE = 1000

@@ -15,8 +15,8 @@ from ZODB.serialize import referencesf
 from tests.services.location import boto3_client
 from tests.services.location import new_bucket
 from tests.services.proxy import LatencyProxy
-from tests.services.rclone import RcloneServer
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.testing.server import EmbeddedS3
 
 from .common import alternate
 from .common import at_most
@@ -77,7 +77,7 @@ def _null(directory, keys):
 
 @contextmanager
 def _rclone(directory, keys):
-    with RcloneServer(directory / "rclone") as server:
+    with EmbeddedS3(directory / "rclone") as server:
         location = new_bucket(server)
         # Written beside the server, since 21,000 PUT requests would take longer than all the rest.
         bucket = Path(server.directory, "buckets", location.bucket)

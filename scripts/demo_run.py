@@ -29,15 +29,15 @@ from ZODB.blob import Blob
 from ZODB.config import databaseFromURL
 
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.testing.process import ServiceFailed
+from zodb_s3blobs.testing.process import ServiceMissing
+from zodb_s3blobs.testing.server import EmbeddedS3
 
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 from tests.services.location import boto3_client  # noqa: E402  # the path comes first
 from tests.services.location import S3Location  # noqa: E402
-from tests.services.process import ServiceFailed  # noqa: E402
-from tests.services.process import ServiceMissing  # noqa: E402
-from tests.services.rclone import RcloneServer  # noqa: E402
 
 
 CONFIG = """\
@@ -301,7 +301,7 @@ def main():
     directory = options.directory or Path(tempfile.mkdtemp(prefix="zodb-s3blobs-demo-"))
     directory = directory.resolve()
     try:
-        with RcloneServer(directory / "s3") as server:
+        with EmbeddedS3(directory / "s3") as server:
             life(directory, server, options.root, options.paths)
     except Difference as difference:
         return f"DIFFERENCE: {difference}"

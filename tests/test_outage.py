@@ -8,11 +8,11 @@ from ZODB.blob import Blob
 from ZODB.POSException import POSKeyError
 
 from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.testing.server import EmbeddedS3
 
 from .services.location import keys
 from .services.location import new_bucket
 from .services.process import ServiceMissing
-from .services.rclone import RcloneServer
 from .storages import leftovers
 from .storages import open_db
 from .storages import PATIENCE
@@ -30,7 +30,7 @@ def server(rclone, tmp_path):
     """A server of this test's own, which it may stop; `rclone` skips where there is none."""
     (tmp_path / "server").mkdir()
     try:
-        with RcloneServer(tmp_path / "server") as server:
+        with EmbeddedS3(tmp_path / "server") as server:
             yield server
     except ServiceMissing as missing:
         pytest.skip(str(missing))

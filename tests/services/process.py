@@ -1,71 +1,28 @@
-"""Start a server as a child process that does not outlive this one."""
+"""Start servers as child processes, and look at their ports."""
 
-import ctypes
-import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
+from urllib.parse import urlsplit
+
+from zodb_s3blobs.testing.process import end
+from zodb_s3blobs.testing.process import find_program
+from zodb_s3blobs.testing.process import ServiceFailed
+from zodb_s3blobs.testing.process import ServiceMissing
+from zodb_s3blobs.testing.process import spawn
+from zodb_s3blobs.testing.process import wait_for_line
 
 
-class ServiceMissing(Exception):
-    """The service is not installed here; the message says what is missing."""
-
-
-class ServiceFailed(Exception):
-    """The service is installed, but did not start; the message says why."""
-
-
-def spawn(arguments, **options):
-    """Start a program that is killed when the calling thread ends, whatever ends it.
-
-    A session of its own keeps Ctrl-C away from it: the caller ends its servers in its own order.
-
-    :returns: a `subprocess.Popen`
-    """
-    return subprocess.Popen(
-        arguments,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-        **options,
-    )
-
-
-def _die_with_parent():
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def end(process, seconds=5.0):
-    """End a child politely, then by force; ending it again does nothing."""
-    process.terminate()
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def wait_for_line(process, path, found, seconds=20.0):
-    """Wait until a line of a server's log is the awaited one.
-
-    :param found: called with each line; its first true result is returned
-    :raises ServiceFailed: the server ended, or said nothing of the kind in time
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        ended = process.poll() is not None
-        with open(path, errors="replace") as log:
-            lines = log.readlines()
-        for line in lines:
-            if result := found(line):
-                return result
-        if ended or time.monotonic() > deadline:
-            raise ServiceFailed(f"{process.args[0]} did not start:\n{''.join(lines)}")
-        time.sleep(0.01)
+__all__ = [
+    "ServiceFailed",
+    "ServiceMissing",
+    "end",
+    "find_program",
+    "listens",
+    "ports_free",
+    "spawn",
+    "wait_for_line",
+    "wait_until",
+]
 
 
 def ports_free(*ports):
@@ -80,7 +37,16 @@ def ports_free(*ports):
     return True
 
 
-def find_program(name):
-    """Return the path of a program: beside this Python first, then on the search path, or None."""
-    beside = os.path.join(os.path.dirname(sys.executable), name)
-    return beside if os.access(beside, os.X_OK) else shutil.which(name)
+def listens(url):
+    """Return whether something accepts connections at a URL."""
+    parts = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((parts.hostname, parts.port)) == 0
+
+
+def wait_until(condition, seconds=20):
+    """Wait for a condition that another process brings about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
