@@ -18,6 +18,8 @@ from .interfaces import PermanentS3Error
 
 # Creating clients is not thread-safe in boto3, not even in different sessions.
 _creating = threading.Lock()
+# Guarded by _creating: parsing boto's descriptions of services anew takes 50 ms a client.
+_loader: Any = None
 
 
 # Parts that are under way at the same time, of all large blobs together.
@@ -74,7 +76,11 @@ class S3Session:
         import botocore.session
         import s3transfer.manager
 
+        global _loader
         session = botocore.session.Session()
+        if _loader is None:
+            _loader = session.get_component("data_loader")
+        session.register_component("data_loader", _loader)
         # Dates stay text, as in the AWS CLI: parsing those of a listing takes most of its time.
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
         client = boto3.Session(botocore_session=session, **self._session_options).client(
@@ -121,7 +127,7 @@ def _send_small_at_once(params: dict[str, Any], **kwargs: Any) -> None:
         params["headers"].pop("Expect", None)
 
 
-def _choose_signer(**kwargs: Any) -> str:
+def _choose_signer(**kwargs: Any) -> Any:
     """Sign a PUT by the SHA-256 that is stored with the object.
 
     boto3 would read the body once more to compute it. The server still refuses other bytes, and
