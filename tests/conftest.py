@@ -7,13 +7,15 @@ import tempfile
 
 import pytest
 
+from zodb_s3blobs.testing.server import EmbeddedS3
+
 from .services.ceph import CephGateway
 from .services.location import new_bucket
 from .services.moto_s3 import MotoServer
 from .services.postgresql import PostgresqlServer
 from .services.process import ServiceMissing
 from .services.proxy import LatencyProxy
-from .services.rclone import RcloneServer
+from .services.zeo import ZeoStorages
 
 
 REQUIRED = "ZODB_S3BLOBS_REQUIRE_SERVICES"
@@ -37,6 +39,13 @@ def run_service(service, server):
         server.stop()
 
 
+def fast_directory():
+    """Return a directory in memory, where there is room for it; its path is short."""
+    memory = "/dev/shm"
+    roomy = os.path.isdir(memory) and shutil.disk_usage(memory).free > 1 << 30
+    return memory if roomy else "/tmp"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_from_outside():
     """No test sees the AWS and proxy settings of whoever runs it, or asks for a machine's role."""
@@ -53,9 +62,9 @@ def no_settings_from_outside():
 
 @pytest.fixture(scope="session")
 def rclone():
-    """An `RcloneServer`; its data is removed at the end of the session."""
+    """An `EmbeddedS3`; its data is removed at the end of the session."""
     with tempfile.TemporaryDirectory(prefix="rclone-") as directory:
-        yield from run_service("rclone", RcloneServer(directory))
+        yield from run_service("rclone", EmbeddedS3(directory))
 
 
 @pytest.fixture(scope="session")
@@ -75,17 +84,20 @@ def moto_server():
 @pytest.fixture(scope="session")
 def postgresql():
     """A `PostgresqlServer`."""
-    # In memory, where there is room for it, a database is made in a fifth of the time. Its socket
-    # needs a short path, too.
-    memory = "/dev/shm"
-    roomy = os.path.isdir(memory) and shutil.disk_usage(memory).free > 1 << 30
-    parent = memory if roomy else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="postgresql-", dir=parent) as directory:
+    # In memory a database is made in a fifth of the time. Its socket needs a short path, too.
+    with tempfile.TemporaryDirectory(prefix="postgresql-", dir=fast_directory()) as directory:
         server = PostgresqlServer(directory)
         try:
             yield from run_service("postgresql", server)
         finally:
             server.remove()
+
+
+@pytest.fixture(scope="session")
+def zeo():
+    """A `ZeoStorages`; whoever asks for it can also start a `ZeoServer`."""
+    with tempfile.TemporaryDirectory(prefix="zeo-", dir=fast_directory()) as directory:
+        yield from run_service("zeo", ZeoStorages(directory))
 
 
 @pytest.fixture

@@ -136,11 +136,29 @@ def wait_until(condition):
 # In a child
 
 
+# Calls of the client and of the base
+POINTS = {
+    "staged": (S3Client, "upload_file", "before"),
+    "uploaded": (S3Client, "upload_file", "after"),
+    "voted": (RelStorage, "tpc_finish", "before"),
+    "in finish": (RelStorage, "tpc_finish", "inside"),
+    "base finished": (RelStorage, "tpc_finish", "after"),
+    "undone": (HistoryPreserving, "undo", "after"),
+    "snapshot": (GenericTransactionControl, "get_tid", "before"),
+    "settling": (RelStorage, "new_instance", "before"),
+    "packing": (PostgreSQLLocker, "release_pack_lock", "before"),
+    "packed": (RelStorage, "pack", "after"),
+    "deleting": (S3Client, "delete_objects", "before"),
+}
+
+
 class Site:
     """The database and the bucket as one process has them open.
 
-    :param stand_still: called with the name of a point of `POINTS`; returns when told.
+    :param stand_still: called with the name of a point of ``points``; returns when told.
     """
+
+    points = POINTS
 
     def __init__(self, stand_still, *args, **options):
         self._stand_still = stand_still
@@ -239,8 +257,8 @@ class Site:
     # Standing still
 
     def hold(self, point, after=0):
-        """Stand still at a point of `POINTS`, once, after it was passed some times."""
-        cls, method, when = POINTS[point]
+        """Stand still at a point of ``points``, once, after it was passed some times."""
+        cls, method, when = self.points[point]
         original = cls.__dict__[method]
         passed = 0
 
@@ -268,22 +286,6 @@ class Site:
             self._stand_still(point)
 
         return base, transaction, callback
-
-
-# Calls of the client and of the base
-POINTS = {
-    "staged": (S3Client, "upload_file", "before"),
-    "uploaded": (S3Client, "upload_file", "after"),
-    "voted": (RelStorage, "tpc_finish", "before"),
-    "in finish": (RelStorage, "tpc_finish", "inside"),
-    "base finished": (RelStorage, "tpc_finish", "after"),
-    "undone": (HistoryPreserving, "undo", "after"),
-    "snapshot": (GenericTransactionControl, "get_tid", "before"),
-    "settling": (RelStorage, "new_instance", "before"),
-    "packing": (PostgreSQLLocker, "release_pack_lock", "before"),
-    "packed": (RelStorage, "pack", "after"),
-    "deleting": (S3Client, "delete_objects", "before"),
-}
 
 
 class SlowDataManager:
@@ -417,32 +419,41 @@ class Cluster:
     :param directory: where each process has a cache of its own.
     """
 
+    site = Site
+    imports = ("relstorage",)
+
     def __init__(self, database, location, directory):
         self.database = database
         self.location = location
         self.directory = str(directory)
         self._processes = []
 
-    def start(self, name, cls=Site, location=None, **options):
+    def _arguments(self, name, options):
+        return {
+            "cache": name,
+            "imports": self.imports,
+            "base": self.database.section,
+            **options,
+        }
+
+    def start(self, name, cls=None, location=None, **options):
         """Start a process.
 
         :param str name: the same is the same cache.
+        :param cls: its `Site`.
         :param location: the same bucket, as seen through something.
         :param options: keys of <s3blobstorage>.
         :returns: its `Process`, ready.
         """
-        arguments = {"cache": name, "imports": ["relstorage"], "base": self.database.section}
-        process = Process(
-            cls, (location or self.location, self.directory), {**arguments, **options}
-        )
+        args = location or self.location, self.directory
+        process = Process(cls or self.site, args, self._arguments(name, options))
         self._processes.append(process)
         process.result()
         return process
 
     def open(self, name, **options):
         """Open the database in this process."""
-        arguments = {"cache": name, "imports": ["relstorage"], "base": self.database.section}
-        return open_db(self.location, self.directory, **arguments, **options)
+        return open_db(self.location, self.directory, **self._arguments(name, options))
 
     def objects(self):
         """Return the keys of the bucket, sorted."""

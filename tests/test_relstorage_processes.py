@@ -62,10 +62,16 @@ def test_each_process_reads_what_the_other_has_committed(cluster):
 
 
 class Worker:
-    """One thread's requests: each makes, changes and deletes blobs, and reads those of others."""
+    """One thread's requests: each makes, changes and deletes blobs, and reads those of others.
 
-    def __init__(self, db, number, enough):
+    :param int number: of this thread among `threads`.
+    :param int rounds: how often at least.
+    """
+
+    def __init__(self, db, number, threads, rounds, enough):
         self._db = db
+        self._threads = threads
+        self._rounds = rounds
         self._number = number
         self._random = random.Random(number)
         self._enough = enough
@@ -76,7 +82,7 @@ class Worker:
 
     def __call__(self):
         turn = 0
-        while turn < ROUNDS or not self._enough.exists():
+        while turn < self._rounds or not self._enough.exists():
             self._request(turn)
             turn += 1
 
@@ -116,7 +122,7 @@ class Worker:
             name = f"s{self._random.randrange(SHARED)}"
             blob = root["shared"][name]
             changed.append(self._write(blob, name, number_of(name, read(blob)) + 1))
-        others = root[f"of {self._random.randrange(2 * THREADS)}"]
+        others = root[f"of {self._random.randrange(self._threads)}"]
         for name in self._random.sample(list(others), min(len(others), 2)):
             number_of(name, read(others[name]))
         return changed, deleted
@@ -129,7 +135,10 @@ class Worker:
 
 
 class BusySite(Site):
-    """A process of eight threads."""
+    """A process of eight threads, of two."""
+
+    threads = THREADS
+    rounds = ROUNDS
 
     def prepare(self):
         """Commit what all threads need."""
@@ -138,7 +147,7 @@ class BusySite(Site):
             root["shared"] = OOBTree()
             for number in range(SHARED):
                 root["shared"][f"s{number}"] = Blob(contents(f"s{number}", 0))
-            for number in range(2 * THREADS):
+            for number in range(2 * self.threads):
                 root[f"of {number}"] = PersistentMapping()
         return [(blob._p_oid, blob._p_serial, name, 0) for name, blob in root["shared"].items()]
 
@@ -148,7 +157,10 @@ class BusySite(Site):
         :param int first: number of the first thread.
         :param enough: path of a file that exists when enough was swept beside the commits.
         """
-        workers = [Worker(self.db, first + n, Path(enough)) for n in range(THREADS)]
+        workers = [
+            Worker(self.db, first + n, 2 * self.threads, self.rounds, Path(enough))
+            for n in range(self.threads)
+        ]
         threads = [start(worker) for worker in workers]
         for thread in threads:
             thread.result()
@@ -201,8 +213,18 @@ def test_sixteen_threads_in_two_processes_under_a_packer_lose_nothing(cluster, t
     known += [entry for committed, _deleted, _conflicts in results for entry in committed]
     gone = set().union(*(deleted for _committed, deleted, _conflicts in results))
 
+    check_all(cluster, BusySite, known, gone)
+
+
+def check_all(cluster, cls, known, gone):
+    """Pack, and compare all that is left with what the threads have committed.
+
+    :param cls: the `BusySite`.
+    :param known: (oid, tid, name, number) of all revisions.
+    :param gone: the names of what was deleted.
+    """
     keep_history = cluster.database.keep_history
-    last = cluster.start("last", cls=BusySite, gc_grace="0s")
+    last = cluster.start("last", cls=cls, gc_grace="0s")
     if keep_history:
         # The last revisions stay
         tids = sorted({tid for _oid, tid, _name, _number in known})

@@ -1,17 +1,19 @@
 """The servers that the tests rely on do what the tests take for granted."""
 
+import contextlib
 import dataclasses
 from itertools import pairwise
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 
 from botocore.exceptions import ClientError
 import pytest
+from ZODB import DB
+
+from zodb_s3blobs.testing.server import EmbeddedS3
 
 from .conftest import is_required
 from .services.location import boto3_client
@@ -19,8 +21,12 @@ from .services.location import keys
 from .services.location import new_bucket
 from .services.moto_s3 import MotoServer
 from .services.postgresql import PostgresqlServer
+from .services.process import listens
 from .services.process import ServiceMissing
-from .services.rclone import RcloneServer
+from .services.process import wait_until
+from .services.zeo import ZeoServer
+from .services.zeo import ZeoStorage
+from .services.zeo import ZeoStorages
 
 
 SERVERS = ["rclone", "moto_server", pytest.param("ceph", marks=pytest.mark.ceph)]
@@ -39,13 +45,6 @@ def client(location):
     client.close()
 
 
-def listens(url):
-    """Return whether something accepts connections at a URL."""
-    parts = urllib.parse.urlsplit(url)
-    with socket.socket() as probe:
-        return probe.connect_ex((parts.hostname, parts.port)) == 0
-
-
 def accepts(psycopg2, dsn):
     """Return whether a database can be connected to."""
     try:
@@ -53,14 +52,6 @@ def accepts(psycopg2, dsn):
     except psycopg2.OperationalError:
         return False
     return True
-
-
-def wait_until(condition, seconds=20):
-    """Wait for a condition that another process brings about."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def metadata_of(response):
@@ -151,7 +142,7 @@ def test_ceph_enforces_customer_keys_over_tls(ceph):
 
 def test_rclone_started_again_serves_the_same_buckets_at_the_same_address(tmp_path):
     """A test can let S3 fail and come back."""
-    with RcloneServer(tmp_path) as server:
+    with EmbeddedS3(tmp_path) as server:
         location = new_bucket(server)
         client = boto3_client(location)
         client.put_object(Bucket=location.bucket, Key="key", Body=b"")
@@ -251,6 +242,58 @@ def test_missing_postgresql_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServiceMissing, match="apt-get install postgresql"):
         PostgresqlServer(tmp_path).start()
+
+
+def zeo_client(storage, **options):
+    """Return a client of a `ZeoStorage`."""
+    from ZEO.ClientStorage import ClientStorage
+
+    return ClientStorage(("127.0.0.1", storage.server.port), storage.name, **options)
+
+
+FILES = "<filestorage {name}>\npath {name}.fs\n</filestorage>"
+
+
+def test_zeo_storages_are_apart(zeo):
+    """Who asks for a storage gets an empty one that nobody else has."""
+    first, second = zeo.new(FILES), zeo.new(FILES)
+    with contextlib.closing(zeo_client(first)) as client:
+        DB(client).close()
+    for storage, length in ((first, 1), (second, 0)):
+        with contextlib.closing(zeo_client(storage)) as client:
+            assert len(client) == length
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_zeo_started_again_serves_the_same_storage_at_the_same_address(zeo, tmp_path, how):
+    """A test can let the ZEO server fail under its clients and come back."""
+    with ZeoServer(tmp_path, FILES.format(name="one")) as server:
+        storage = ZeoStorage(server, "one")
+        with contextlib.closing(zeo_client(storage)) as client:
+            DB(client).close()
+        address = server.address
+        getattr(server, how)()
+        assert not listens(f"http://{address}")
+        server.start()
+        assert server.address == address
+        with contextlib.closing(zeo_client(storage)) as client:
+            assert len(client) == 1
+    assert not listens(f"http://{address}")
+
+
+def test_zeo_with_options_serves_what_they_say(zeo, tmp_path):
+    """Options of the section <zeo> reach the server."""
+    with ZeoServer(tmp_path, FILES.format(name="one"), read_only="true") as server:
+        storage = ZeoStorage(server, "one")
+        with contextlib.closing(zeo_client(storage, read_only_fallback=True)) as client:
+            assert client.isReadOnly()
+
+
+def test_missing_zeo_says_so(tmp_path, monkeypatch):
+    """Who wants to run the tests learns what to install."""
+    monkeypatch.setattr("tests.services.zeo.find_program", lambda name: None)
+    with pytest.raises(ServiceMissing, match="pip install ZEO"):
+        ZeoStorages(tmp_path).start()
 
 
 def test_proxy_delays_and_counts_requests(s3, latency_proxy):

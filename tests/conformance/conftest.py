@@ -75,9 +75,10 @@ def opener_of(request):
 
     def opener_of(kind):
         location = request.getfixturevalue("bucket") if kind.s3 else None
-        if kind.base == "postgresql":
+        if "postgresql" in kind.layers:
             server()
-        return Opener(kind, location, prefix, new_database)
+        zeo = request.getfixturevalue("zeo") if "zeo" in kind.layers else None
+        return Opener(kind, location, prefix, new_database, zeo)
 
     yield opener_of
     for dsn in databases:

@@ -17,14 +17,18 @@ from ZODB.POSException import ConflictError
 from .opening import Kind
 
 
-WRAPPED = Kind("filestorage", s3=True)
-WRAPPED_HEX = Kind("filestorage", s3=True, wrapper="hexstorage")
-WRAPPED_MAPPING = Kind("mappingstorage", s3=True)
-WRAPPED_SQLITE = Kind("sqlite3", s3=True)
-PLAIN = Kind("filestorage", s3=False)
+WRAPPED = Kind("s3 filestorage")
+WRAPPED_HEX = Kind("hexstorage s3 filestorage")
+WRAPPED_MAPPING = Kind("s3 mappingstorage")
+WRAPPED_SQLITE = Kind("s3 relstorage sqlite3")
+WRAPPED_RECORD = Kind("s3 filestorage", by_record=True)
+WRAPPED_ZEO = Kind("s3 zeo filestorage")
+WRAPPED_IN_ZEO = Kind("zeo s3 filestorage")
+PLAIN = Kind("control filestorage")
 
 # Not from MappingStorage to plain FileStorage: ZODB's own copy wants extension_bytes, which the
-# former's transactions lack.
+# former's transactions lack. Nothing to a ZEO client, which restores records only, but to ours
+# around it.
 DIRECTIONS = [
     (PLAIN, WRAPPED),
     (WRAPPED, PLAIN),
@@ -37,6 +41,15 @@ DIRECTIONS = [
     (WRAPPED, WRAPPED_SQLITE),
     (WRAPPED_SQLITE, WRAPPED),
     (WRAPPED_HEX, WRAPPED_SQLITE),
+    (PLAIN, WRAPPED_RECORD),
+    (WRAPPED_RECORD, PLAIN),
+    (WRAPPED_RECORD, WRAPPED),
+    (WRAPPED, WRAPPED_RECORD),
+    (PLAIN, WRAPPED_ZEO),
+    (WRAPPED_ZEO, PLAIN),
+    (WRAPPED_ZEO, WRAPPED),
+    (WRAPPED_SQLITE, WRAPPED_ZEO),
+    (WRAPPED_IN_ZEO, WRAPPED_ZEO),
 ]
 BIG = b"0123456789abcdef" * 2**16
 
