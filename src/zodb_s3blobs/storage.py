@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 import logging
 import os
 from typing import Any
 
 from ZODB.blob import BlobFile
-from ZODB.blob import is_blob_record
 from ZODB.DemoStorage import DemoStorage
 from ZODB.interfaces import IBlobStorage
 from ZODB.interfaces import IBlobStorageRestoreable
@@ -30,7 +30,6 @@ from . import blobpatch
 from .basecontract import Base
 from .basecontract import innermost
 from .basecontract import is_read_only
-from .basecontract import Reading
 from .basecontract import Source
 from .bases import base_of
 from .commit import TransactionBlobs
@@ -42,13 +41,11 @@ from .interfaces import IS3BlobStorage
 from .keys import new_stamp
 from .loading import BlobLoader
 from .openkeys import OpenKeys
-from .records import read_reference
-from .records import with_reference
-from .records import without_reference
 from .rewriting import RewriteReport
 from .rewriting import TidRewriter
 from .staged import BlobServices
 from .staged import remove_quietly
+from .translation import Translator
 from .uploads import UploadPool
 
 
@@ -114,7 +111,7 @@ class S3BlobStorage:
         services = BlobServices(s3_client, cache, loader, pool, open_keys, temp_dir, grace)
         closeables = pool, *sources, cache, s3_client
         self.__pass_through(base, services, closeables)
-        self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__read, gc_grace)
+        self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__records.read, gc_grace)
 
     def __pass_through(
         self, base: Base, services: BlobServices, closeables: Sequence[Any] = ()
@@ -128,8 +125,7 @@ class S3BlobStorage:
         # All instances share them, and the first closes them.
         self.__closeables = closeables
         self.__db: Any = None
-        self.__transform: Callable[[bytes], bytes] = bytes
-        self.__untransform: Callable[[bytes], bytes] = bytes
+        self.__records = Translator()
         self.fshelper = FileNames(services.cache, services.temp_dir)
         #: until close()
         self.is_open = True
@@ -183,8 +179,7 @@ class S3BlobStorage:
         other = type(self).__new__(type(self))
         other.__pass_through(self.__kind.of(instance), self.__services)
         other.__sweeper = self.__sweeper
-        other.__transform = self.__transform
-        other.__untransform = self.__untransform
+        other.__records = copy(self.__records)
         return other
 
     @property
@@ -214,20 +209,14 @@ class S3BlobStorage:
     def registerDB(self, db: Any) -> None:
         """Learn from whoever wraps us how to read and write records."""
         self.__db = db
-        self.__transform = db.transform_record_data
-        self.__untransform = db.untransform_record_data
+        self.__records.learn(db)
         self.__base.registerDB(db)
         if "copyTransactionsFrom" in vars(db):
             # A RelStorage gives the wrapper its own, which knows nothing of our blobs.
             db.copyTransactionsFrom = self.copyTransactionsFrom
 
-    def __read(self, record: bytes) -> Reading:
-        plain = self.__untransform(record)
-        return Reading(is_blob_record(plain), read_reference(plain))
-
     def __find_reference(self, oid: bytes, serial: bytes) -> bytes | None:
-        record = self.__kind.record(oid, serial)
-        return read_reference(self.__untransform(record)) if record else None
+        return self.__records.read(self.__kind.record(oid, serial)).stamp
 
     def __push(self, changes: Any = None) -> Any:
         """Put a DemoStorage around this, as a DemoStorage inside would around itself."""
@@ -287,12 +276,11 @@ class S3BlobStorage:
 
     def __refer(self, oid: bytes, data: bytes, stamp: bytes | None) -> bytes:
         """Return a record that refers to the object with a stamp, or to none."""
-        plain = self.__untransform(data)
         if stamp is None:
             # One with a reference was imported from another database.
-            return self.__transform(without_reference(plain)) if read_reference(plain) else data
+            return self.__records.without_reference(data)
         try:
-            return self.__transform(with_reference(plain, stamp))
+            return self.__records.with_reference(data, stamp)
         except ValueError as error:
             raise StorageError(
                 f"the blob 0x{u64(oid):x} cannot be stored: its record is not a ZODB.blob.Blob's,"
@@ -313,7 +301,7 @@ class S3BlobStorage:
             remove_quietly(path)
             raise
         with blobs.following():
-            blobs.stage_restored(oid, serial, path, read_reference(self.__untransform(data)))
+            blobs.stage_restored(oid, serial, path, self.__records.read(data).stamp)
         return result
 
     def __undo(self, transaction_id: bytes, transaction: Any) -> Any:
@@ -323,7 +311,7 @@ class S3BlobStorage:
         with blobs.following():
             for source in undone.sources:
                 # A reference travels with its record.
-                reading = self.__read(source.record) if source.record else Reading(False, None)
+                reading = self.__records.read(source.record)
                 if not reading.is_blob or reading.stamp is not None:
                     blobs.drop(source.oid, undone.tid)
                 elif undone.tid is not None:
@@ -469,16 +457,16 @@ class S3BlobStorage:
         """
         self.__refuse_read_only()
 
-        def strip(record: bytes) -> bytes:
-            return self.__transform(without_reference(self.__untransform(record)))
-
         def invalidate(tid: bytes, oids: Sequence[bytes]) -> None:
             if self.__db is not None and not IMVCCStorage.providedBy(self):
                 self.__db.invalidate(tid, oids)
 
-        return TidRewriter(self.__kind, self.__services, self.__read, strip, invalidate).run()
+        records = self.__records
+        return TidRewriter(
+            self.__kind, self.__services, records.read, records.without_reference, invalidate
+        ).run()
 
     def __copy_transactions_from(self, other: Any) -> None:
         """Copy all transactions of another storage, with their tids and blobs."""
-        copy_transactions(other, self, self.__transform)
+        copy_transactions(other, self, self.__records.transform)
         self.__kind.copied()
