@@ -591,6 +591,24 @@ class TestSpill:
             failed.add(step)
         assert failed == {"store", "vote", "nothing"}
 
+    @only_mappingstorage
+    def test_store_that_failed_and_was_ignored_never_mixes_up_the_others(self, storage):
+        """When there is room again all may arrive, or the vote refuses; nothing else is read."""
+        in_child(lambda: self.ignore_the_full_disk(storage), seconds=60)
+
+    def ignore_the_full_disk(self, storage):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for limit in (1000, 70_000, MEMORY // 4):
+            txn = begun(storage)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            with pytest.raises(OSError):
+                self.store_all(storage, txn)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            with suppress(StorageTransactionError):
+                self.store_all(storage, txn)
+                storage.tpc_vote(txn)
+            storage.tpc_abort(txn)
+
 
 class TestFailingBegin:
     @only_filestorage

@@ -172,7 +172,7 @@ def check_afterwards(location, directory, count, size, addressing="auto"):
 
     :param int count: the number of the last commit that must be there.
     """
-    db = open_db(location, directory, cache="empty", addressing=addressing)
+    db = open_db(location, directory, cache="empty", addressing=addressing, gc_grace="0s")
     with db.transaction() as conn:
         root = conn.root()
         assert root["count"] == count
@@ -190,7 +190,7 @@ def check_afterwards(location, directory, count, size, addressing="auto"):
     assert (report.kept, report.listed) == (count + 2, count + 2)
     # The same site goes on in the cache directory of the one that was killed
     db.close()
-    db = open_db(location, directory, addressing=addressing)
+    db = open_db(location, directory, addressing=addressing, gc_grace="0s")
     with db.transaction() as conn:
         assert read(conn.root()["rewritten"]) == contents("rewritten", count, size)
         conn.root()["rewritten"] = Blob(b"next")
@@ -295,7 +295,7 @@ def test_orphan_whose_oid_another_object_got_stays_and_is_counted(s3, tmp_path, 
     process.wait_for("reached")
     process.kill()
     crashed = set(keys(s3))
-    db = open_db(s3, tmp_path, cache="empty", addressing=addressing)
+    db = open_db(s3, tmp_path, cache="empty", addressing=addressing, gc_grace="0s")
     with db.transaction() as conn:
         surviving_before = set(surviving(db))
         conn.root()["plain"] = type(conn.root())()
@@ -318,7 +318,7 @@ def test_orphan_whose_oid_another_blob_got_is_deleted(s3, tmp_path, victim, addr
     process.go_on()
     process.wait_for("reached")
     process.kill()
-    db = open_db(s3, tmp_path, addressing=addressing)
+    db = open_db(s3, tmp_path, addressing=addressing, gc_grace="0s")
     with db.transaction() as conn:
         conn.root()["again"] = Blob(b"again")
     db.pack(time.time() + 1)

@@ -3,6 +3,7 @@
 from functools import partial
 from io import BytesIO
 from itertools import count
+import sys
 import threading
 import time
 
@@ -39,6 +40,7 @@ from .storages import load
 from .storages import make_storage
 from .storages import open_db
 from .storages import PATIENCE
+from .storages import PLAIN_RECORD
 from .storages import read
 from .storages import start
 from .storages import store_blob
@@ -57,7 +59,7 @@ def make_base(kind, directory):
 def made(request, s3, tmp_path):
     """(storage, its hooked client)."""
     base = make_base(request.param, tmp_path)
-    storage, client = make_storage(s3, tmp_path, base=base, addressing="record")
+    storage, client = make_storage(s3, tmp_path, base=base, addressing="record", gc_grace=0.0)
     yield storage, client
     storage.close()
 
@@ -218,7 +220,7 @@ class Site:
             self.db.close()
         cache = f"cache-{next(self._caches)}"
         storage, client = make_storage(
-            self._location, self._directory, cache, addressing=addressing
+            self._location, self._directory, cache, addressing=addressing, gc_grace=0.0
         )
         self.db = DB(storage)
         return self.db, client
@@ -339,6 +341,34 @@ class TestUndo:
         write(db, b"3")
         assert site.current() == b"3"
 
+    @pytest.mark.parametrize("size", [0, 1 << 20], ids=["small file", "large file"])
+    def test_undo_while_another_writes_to_the_file_is_no_hindrance(self, site, monkeypatch, size):
+        """Half a transaction is at its end when the one that is to be undone is looked up."""
+        db, _client = site.open()
+        write(db, b"0", b"1")
+        commit_record(db.storage, p64(1000), record=PLAIN_RECORD + bytes(size))
+        transaction_id = db.undoLog(0, 10)[1]["id"]
+        gate = Gate()
+
+        def copy_slowly(source, target, length):
+            target.write(source.read(length // 2))
+            target.flush()
+            gate()
+            target.write(source.read(length - length // 2))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[FileStorage.__module__], "cp", copy_slowly)
+            voting = start(commit_record, db.storage, p64(1001))
+            gate.wait()
+        manager = transaction.TransactionManager()
+        db.undo(transaction_id, manager.get())
+        undoing = start(manager.commit)
+        undoing.join(0.1)
+        gate.open()
+        undoing.result()
+        voting.result()
+        assert site.current() == b"0"
+
     def test_undo_in_a_transaction_that_also_stores_blobs(self, site):
         """Both are there afterwards, in whatever order."""
         db, _client = site.open()
@@ -454,7 +484,7 @@ class TestMixedHistory:
         copied.wait()
         write(db, b"6")
         before = mixed.keys()
-        with pytest.raises(UndoError):
+        with pytest.raises(ConflictError):
             db.storage.tpc_vote(txn)
         db.storage.tpc_abort(txn)
         assert keys(s3) == sorted(before)
@@ -490,8 +520,20 @@ class TestMixedHistory:
 
 
 class TestPack:
-    def test_orphans_are_deleted_at_once(self, made, s3):
-        """No other process commits, so that their age says nothing."""
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_by_default_stamps_are_a_day_old_before_they_are_deleted(self, s3, tmp_path, kind):
+        """They may be of a ZEO client that waits for its server, which is us; tids cannot be."""
+        base = make_base(kind, tmp_path)
+        storage, _client = make_storage(s3, tmp_path, base=base, addressing="record")
+        tid = commit_blob(storage, z64, b"ours")
+        orphans = [blob_key(z64, new_stamp()), blob_key(z64, p64(5))]
+        put(s3, *orphans)
+        storage.pack(time.time() + 1, lambda record, oids=None: [])
+        assert keys(s3) == sorted([orphans[0], reference(storage, z64, tid)])
+        storage.close()
+
+    def test_orphans_are_deleted_at_once_without_a_grace_period(self, made, s3):
+        """Whoever sets it to 0 says that no other process commits."""
         storage, _client = made
         tid = commit_blob(storage, z64, b"ours")
         orphans = [blob_key(z64, new_stamp()), blob_key(z64, p64(5))]
@@ -499,7 +541,7 @@ class TestPack:
         storage.pack(time.time() + 1, lambda record, oids=None: [])
         assert keys(s3) == [reference(storage, z64, tid)]
 
-    def test_rewritten_blobs_are_deleted_at_once(self, made, s3):
+    def test_rewritten_blobs_are_deleted_at_once_without_a_grace_period(self, made, s3):
         """What no revision refers to after the pack, however young it is."""
         storage, _client = made
         db = DB(storage)
@@ -548,47 +590,76 @@ class TestPack:
         assert load(storage, OID, big.result()) == b"big"
         assert len(keys(s3)) == 2
 
-    @pytest.mark.parametrize("addressing", ["tid", "record"])
-    @pytest.mark.parametrize(
-        ("name", "call"), [("history", 1), ("loadSerial", 1), ("loadSerial", 2)]
-    )
-    def test_undo_and_pack_in_the_middle_of_a_sweep_lose_nothing(
-        self, s3, tmp_path, addressing, name, call
-    ):
-        """The revisions it has just heard of are gone, the bytes live on under a new one."""
-        base = FileStorage(f"{tmp_path}/Data.fs")
-        storage, client = make_storage(s3, tmp_path, base=base, addressing=addressing)
-        first = commit_blob(storage, z64, b"first")
-        commit_blob(storage, z64, b"second", first)
-        put(s3, blob_key(z64, new_stamp()))  # so that all revisions are looked at
+    def undo_last(self, storage):
+        txn = begun(storage)
+        storage.undo(storage.undoLog(0, 1)[0]["id"], txn)
+        storage.tpc_vote(txn)
+        return storage.tpc_finish(txn)
+
+    def sweep_late(self, storage, base, name, call):
+        """Sweep; before the answer to a question an undo is committed, and the base packed."""
         question, calls = getattr(base, name), count(1)
 
         def answer_late(*args, **kw):
-            # What is asked is answered before the undo for a history, and after it for a record.
+            # To a history what was there before, as if it had been asked just in time.
             answer = question(*args, **kw) if name == "history" else None
             if next(calls) == call:
-                txn = begun(storage)
-                storage.undo(base.undoLog(0, 1)[0]["id"], txn)
-                storage.tpc_vote(txn)
-                storage.tpc_finish(txn)
+                setattr(base, name, question)
+                self.undo_last(storage)
                 base.pack(time.time() + 1, referencesf, gc=False)
             return answer or question(*args, **kw)
 
         setattr(base, name, answer_late)
         storage.sweep()
         assert next(calls) > call
+
+    def check_first(self, s3, tmp_path, base, storage, options):
+        """The one revision that is left has the bytes of the first, and is the only one."""
         (entry,) = base.history(z64, size=100)
         storage.close()
-        storage, client = make_storage(s3, tmp_path, "empty", addressing=addressing)
+        storage, client = make_storage(s3, tmp_path, "empty", **options)
         assert load(storage, z64, entry["tid"]) == b"first"
         assert client.count("download_file") == 1
         storage.sweep()
         assert len(keys(s3)) == 1
         storage.close()
 
+    @pytest.mark.parametrize("addressing", ["tid", "record"])
+    @pytest.mark.parametrize("call", [1, 2, 3])
+    def test_undo_and_pack_in_the_middle_of_a_sweep_lose_nothing(
+        self, s3, tmp_path, addressing, call
+    ):
+        """The revisions it has just heard of are gone, the bytes live on under a new one."""
+        base = FileStorage(f"{tmp_path}/Data.fs")
+        options = {"addressing": addressing, "gc_grace": 0.0}
+        storage, _client = make_storage(s3, tmp_path, base=base, **options)
+        first = commit_blob(storage, z64, b"first")
+        commit_blob(storage, z64, b"second", first)
+        put(s3, blob_key(z64, new_stamp()))  # so that all revisions are looked at
+        self.sweep_late(storage, base, "loadBefore", call)
+        self.check_first(s3, tmp_path, base, storage, options)
+
+    @pytest.mark.parametrize(
+        ("name", "call"), [("history", 1), *(("loadSerial", call) for call in (1, 2, 3, 4))]
+    )
+    def test_undo_and_pack_while_a_sweep_looks_behind_an_undone_creation_lose_nothing(
+        self, s3, tmp_path, name, call
+    ):
+        """Only the history tells what is there, and then it is gone."""
+        base = FileStorage(f"{tmp_path}/Data.fs")
+        options = {"addressing": "record", "gc_grace": 0.0}
+        storage, _client = make_storage(s3, tmp_path, base=base, **options)
+        commit_blob(storage, z64, b"first")
+        self.undo_last(storage)
+        again = self.undo_last(storage)
+        commit_blob(storage, z64, b"second", again)
+        put(s3, blob_key(z64, new_stamp()))
+        self.sweep_late(storage, base, name, call)
+        self.check_first(s3, tmp_path, base, storage, options)
+
     def test_revision_that_was_undone_and_packed_is_gone_for_the_next_sweep(self, s3, tmp_path):
         """The control: what nobody refers to any more is deleted."""
-        storage, _client = make_storage(s3, tmp_path, addressing="record")
+        storage, _client = make_storage(s3, tmp_path, addressing="record", gc_grace=0.0)
         db = DB(storage)
         write(db, b"0", b"1")
         undo(db, 0)
@@ -688,6 +759,26 @@ class TestConnections:
         with db.transaction() as conn:
             assert read(conn.root()["copy"]) == b"exported"
             assert read(conn.root()["blob"]) == b"changed"
+
+
+class TestCopy:
+    def test_copied_records_and_their_keys_stay_as_they_are(self, s3, tmp_path):
+        """Of a database with a blob directory: by tid; what is stored afterwards by record."""
+        source = FileStorage(f"{tmp_path}/Source.fs", blob_dir=f"{tmp_path}/blobs")
+        first = commit_blob(source, OID, b"first")
+        second = commit_blob(source, OID, b"second", first)
+        storage, _client = make_storage(s3, tmp_path, addressing="record")
+        storage.copyTransactionsFrom(source)
+        assert keys(s3) == sorted(blob_key(OID, tid) for tid in (first, second))
+        for tid, data in ((first, b"first"), (second, b"second")):
+            assert storage.loadSerial(OID, tid) == source.loadSerial(OID, tid)
+            assert load(storage, OID, tid) == data
+        third = commit_blob(storage, OID, b"third", second)
+        assert reference(storage, OID, third) in keys(s3)
+        assert load(storage, OID, third) == b"third"
+        assert storage.sweep().kept == 3
+        source.close()
+        storage.close()
 
 
 class TestLeaving:

@@ -103,9 +103,11 @@ class TestProxy:
         assert IStorageUndoable.providedBy(storage)
         assert storage.supportsUndo()
 
-    def test_mappingstorage_inside_offers_no_undo_and_no_restore(self, s3, tmp_path):
+    @pytest.mark.parametrize("addressing", ["tid", "record"])
+    def test_mappingstorage_inside_offers_no_undo_and_no_restore(self, s3, tmp_path, addressing):
         """What the base lacks is not offered."""
-        storage, _client = make_storage(s3, tmp_path, base=MappingStorage())
+        base = MappingStorage()
+        storage, _client = make_storage(s3, tmp_path, base=base, addressing=addressing)
         assert IBlobStorage.providedBy(storage)
         assert not IBlobStorageRestoreable.providedBy(storage)
         assert not IStorageUndoable.providedBy(storage)

@@ -280,7 +280,8 @@ def references(db):
 
 def test_eight_threads_that_undo_under_a_packer_are_exact_at_the_end(s3, tmp_path):
     """By record: each surviving revision has its bytes, and no other object or file is there."""
-    db = open_db(s3, tmp_path, addressing="record")
+    options = {"addressing": "record", "gc_grace": "0"}
+    db = open_db(s3, tmp_path, **options)
     packs = []
 
     def pack():
@@ -298,8 +299,8 @@ def test_eight_threads_that_undo_under_a_packer_are_exact_at_the_end(s3, tmp_pat
         assert sum(getattr(worker, count) for worker in workers) > THREADS, count
     assert leftovers(db.storage) == []
     db.close()
-    verify(s3, tmp_path, workers, addressing="record")
-    db = open_db(s3, tmp_path, cache="another", addressing="record")
+    verify(s3, tmp_path, workers, **options)
+    db = open_db(s3, tmp_path, cache="another", **options)
     expected = references(db)
     assert expected <= set(keys(s3))
     db.storage.sweep()

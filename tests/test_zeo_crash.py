@@ -188,7 +188,7 @@ class TestClient:
         victim.kill()
         check_afterwards(cluster, rewritten=2 if lost else 1, other=1)
 
-    @pytest.mark.parametrize("point", ["packing", "packed", "asking", "answered", "deleting"])
+    @pytest.mark.parametrize("point", ["packing", "packed", "asking", "deleting"])
     def test_kill_during_a_pack_loses_nothing(self, cluster, point):
         """The next sweep, or the next pack, deletes what is left."""
         victim = cluster.start("victim", gc_grace="0s")

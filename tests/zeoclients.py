@@ -13,6 +13,7 @@ from ZODB.FileStorage import FileStorage
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.records import read_reference
 from zodb_s3blobs.s3client import S3Client
+from zodb_s3blobs.zeobase import ZeoBase
 
 from .relstorages import Cluster
 from .relstorages import Site
@@ -92,9 +93,9 @@ class ZeoSite(Site):
         "base finished": (ClientStorage, "tpc_finish", "after"),
         "packing": (ClientStorage, "pack", "before"),
         "packed": (ClientStorage, "pack", "after"),
-        "asking": (ClientStorage, "history", "before"),
-        "told": (ClientStorage, "history", "after"),
-        "answered": (ClientStorage, "loadSerial", "after"),
+        # The client's own method would not wait for the answer.
+        "asking": (ZeoBase, "_load_before", "before"),
+        "told": (ZeoBase, "_load_before", "after"),
         "deleting": (S3Client, "delete_objects", "before"),
     }
 

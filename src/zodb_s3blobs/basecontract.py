@@ -49,8 +49,8 @@ class Undone(NamedTuple):
 
     #: what the base returns
     result: Any
-    #: tid of the revisions it has written; None where only the end of the transaction tells
-    tid: bytes | None
+    #: tid of the revisions it has written
+    tid: bytes
     sources: Iterable[Source]
 
 
@@ -83,6 +83,19 @@ class Snapshot(Protocol):
         """Yield each oid with its revisions."""
 
 
+class LookBack(Protocol):
+    """What an undo asks of a base whose transactions learn their tid in the end."""
+
+    def stored_by(self, tid: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+        """Yield oid and record of what a transaction has stored."""
+
+    def before(self, oid: bytes, tid: bytes) -> Source:
+        """Tell what was current before a transaction."""
+
+    def current_tid(self, oid: bytes) -> bytes:
+        """Return the tid of the current revision, which may be the end of the object."""
+
+
 class Base(Protocol):
     """A base storage, or one instance of it."""
 
@@ -94,6 +107,9 @@ class Base(Protocol):
 
     #: whether revisions stay that are no longer current, until a pack
     keeps_history: bool
+
+    #: whether a transaction can be told its tid while others commit
+    takes_tid: bool
 
     #: whether other processes commit, too
     shared: bool
@@ -122,8 +138,12 @@ class Base(Protocol):
         :raises POSKeyError: when nobody can want its blob any more.
         """
 
+    @property
+    def look_back(self) -> LookBack | None:
+        """Given where only its end tells the tid of a transaction that undoes something."""
+
     def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
-        """Undo a transaction."""
+        """Undo a transaction, where the tid is known then."""
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """Take a view of the base."""
@@ -133,6 +153,9 @@ class Base(Protocol):
 
     def settle(self) -> None:
         """Wait until what is being undone shows in a new snapshot."""
+
+    def give_up(self, instance: Any, transaction: Any) -> None:
+        """Abort a transaction of a writer that was told its tid."""
 
     def hold_commits(self, instance: Any) -> None:
         """Keep others from committing until the transaction of a writer, which has voted, ends."""

@@ -35,19 +35,28 @@ class _Calls:
         self._size = 0
         self._file: IO[bytes] | None = None
         self._chunks = 0
+        self._is_whole = True
 
     def append(self, name: str, *arguments: Any, size: int = 0) -> None:
+        self._check()
         self._recent.append((name, arguments))
         self._size += size + OVERHEAD
         if self._size > MEMORY:
+            self._is_whole = False  # until all is written
             if self._file is None:
                 # Without a name, so that nothing stays of a process that is killed.
                 self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115
             pickle.dump(self._recent, self._file, pickle.HIGHEST_PROTOCOL)
             self._chunks += 1
             self._recent, self._size = [], 0
+            self._is_whole = True
+
+    def _check(self) -> None:
+        if not self._is_whole:
+            raise StorageTransactionError("the stores could not be kept: abort the transaction")
 
     def __iter__(self) -> Iterator[_Call]:
+        self._check()
         if self._file is not None:
             self._file.seek(0)
             for _chunk in range(self._chunks):

@@ -1,5 +1,6 @@
 """The blobs of one transaction, from staged to finished or aborted."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from enum import Enum
 import logging
 import os
+from typing import Any
 
 from ZODB.blob import rename_or_copy_blob
 from ZODB.POSException import StorageTransactionError
@@ -65,6 +67,10 @@ class TransactionBlobs:
         self._owns_keys = owns_keys
         # By (oid, tid)
         self._blobs: dict[tuple[bytes, bytes | None], StagedBlob] = {}
+        # By oid, or by what else the caller knows it again: what the vote still asks of the base
+        self._deferred: dict[bytes, Callable[[], Any]] = {}
+        #: where only the end tells the tid: what is being undone
+        self.undo: Any = None
         # Keys whose object may exist although the transaction no longer wants it.
         self._dropped: set[str] = set()
 
@@ -109,7 +115,7 @@ class TransactionBlobs:
 
         :param bool is_new: the transaction creates the object.
         :param bytes stamp: what the record refers to; None where the base told the tid.
-        :param store: called when the record is to be stored again with another stamp.
+        :param store: called by the vote, when the record is to be stored with its stamp.
         """
         name = stamp or self.tid
         assert name is not None
@@ -117,6 +123,7 @@ class TransactionBlobs:
         blob.is_new = is_new
         if stamp is not None:
             blob.store = store
+            blob.is_to_store = True
         self._stage(blob)
 
     def stage_restored(self, oid: bytes, tid: bytes, path: str, stamp: bytes | None) -> None:
@@ -155,6 +162,22 @@ class TransactionBlobs:
         blob.is_to_store = True
         self._copy_to(blob, source_tid, None)
 
+    def defer(self, name: bytes, call: Callable[[], Any]) -> None:
+        """Let the vote ask something of the base.
+
+        Once for each object: a FileStorage with two records of one oid in a transaction packs the
+        wrong one where a later undo has referred to the other.
+
+        :param bytes name: the oid of the object that it changes, in whatever way it was to be
+            changed until now; or another name.
+        """
+        self.drop(name, self.tid)
+        self._deferred[name] = call
+
+    def recall(self, name: bytes) -> None:
+        """Forget what was deferred."""
+        self._deferred.pop(name, None)
+
     def _copy_to(self, blob: StagedBlob, source_tid: bytes, source_stamp: bytes | None) -> None:
         self._enter(blob)
         oid, key = blob.oid, blob.key
@@ -181,6 +204,7 @@ class TransactionBlobs:
 
     def _enter(self, blob: StagedBlob) -> None:
         self.drop(blob.oid, blob.tid)
+        self._deferred.pop(blob.oid, None)
         if blob.key not in self._dropped:
             self._services.open_keys.add(blob.key)
         self._blobs[blob.oid, blob.tid] = blob
@@ -212,9 +236,10 @@ class TransactionBlobs:
     # Ending
 
     def vote(self) -> None:
-        """Wait until all bytes are in the bucket and reserve their room in the cache.
+        """Wait until all bytes are in the bucket, store the records that refer to them, and reserve
+        their room in the cache.
 
-        Stores records again whose objects were uploaded so long ago that a sweep might take them
+        Uploads again, under another stamp, what was uploaded so long ago that a sweep might take it
         for garbage before the transaction ends.
 
         :raises S3OperationError: the first failure, which cancels the other uploads.
@@ -224,10 +249,7 @@ class TransactionBlobs:
             raise StorageTransactionError("a blob could not be staged: abort the transaction")
         self._wait_for_uploads()
         self._renew()
-        for blob in self._blobs.values():
-            if blob.store is not None and blob.is_to_store:
-                blob.store(blob.name)
-                blob.is_to_store = False
+        self._store_records()
         # Only now: what is evicted for it could not be fetched again while S3 is down.
         staged = list(self._staged())
         try:
@@ -239,6 +261,15 @@ class TransactionBlobs:
             # The commit does not depend on the cache.
             logger.exception("cache refused to reserve room %s", self)
         self.phase = Phase.VOTED
+
+    def _store_records(self) -> None:
+        for blob in self._blobs.values():
+            if blob.store is not None and blob.is_to_store:
+                blob.store(blob.name)
+                blob.is_to_store = False
+        for call in self._deferred.values():
+            call()
+        self._deferred.clear()
 
     def _wait_for_uploads(self) -> None:
         uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
@@ -271,12 +302,10 @@ class TransactionBlobs:
                     self._give_up_object(blob)
                     blob.name = new_stamp()
                     self._services.open_keys.add(blob.key)
+                    blob.is_to_store = True
                 # What is restored keeps its key: to be uploaded again makes the object young.
                 self._upload(blob)
             self._wait_for_uploads()
-            for blob in old:
-                if blob.store is not None:
-                    blob.store(blob.name)
         raise PermanentS3Error(
             f"uploads take longer than half of gc-grace, which is {self._services.grace:.0f} s:"
             " set gc-grace higher, in all processes"

@@ -7,6 +7,8 @@ from typing import Any
 from ZODB.interfaces import IBlobStorage
 from ZODB.POSException import POSKeyError
 
+from .basecontract import LookBack
+from .basecontract import Source
 from .historybase import HistoryBase
 
 
@@ -32,6 +34,14 @@ class DemoBase(HistoryBase):
         self.sources: Sequence[Any] = (
             [StorageSource(below)] if IBlobStorage.providedBy(below) else []
         )
+
+    @property
+    def look_back(self) -> LookBack | None:
+        return None  # a storage of changes that undoes is a FileStorage, as a rule
+
+    def before(self, oid: bytes, tid: bytes) -> Source:
+        # What was not changed before shows the revision below again, with its own tid and blob.
+        return self._before(self._innermost.changes, oid, tid)
 
     def running(self) -> Any:
         return self.storage.tpc_transaction()

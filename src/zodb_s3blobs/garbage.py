@@ -242,18 +242,19 @@ class Sweeper:
 
         Transactions upload again what gets older than a part of the grace period.
         """
-        return self._has_grace() and entry.listed.age < self._grace
+        return self._has_grace(entry) and entry.listed.age < self._grace
 
     def _may_be_read(self, entry: _Entry, current: bytes | None) -> bool:
         """Tell whether a reader on an older view may still see the revision before the current."""
-        if current is None or not self._has_grace():
+        if current is None or not self._has_grace(entry):
             return False
         age: float = entry.listed.listed - TimeStamp(current).timeTime()
         return max(0.0, age) < self._grace
 
-    def _has_grace(self) -> bool:
-        # Where no other process commits, `OpenKeys` tells what is in flight.
-        return self._base.shared
+    def _has_grace(self, entry: _Entry) -> bool:
+        # Keys by tid of a base that this process alone writes to were made by this process, or are
+        # of a dead one. Those of stamps may be of ZEO clients that wait for their server.
+        return self._base.shared or not entry.is_by_tid
 
 
 def _judge(doubtful: list[_Entry], counts: SweepReport, kept: int) -> None:

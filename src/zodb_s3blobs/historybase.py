@@ -1,19 +1,24 @@
 """A base whose ``history`` and ``loadSerial`` tell all there is."""
 
+from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
+import time
 from typing import Any
 
+from persistent.timestamp import TimeStamp
+from ZODB.FileStorage.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import POSKeyError
+from ZODB.utils import maxtid
 from ZODB.utils import p64
 from ZODB.utils import u64
 
 from .basecontract import Base
 from .basecontract import innermost
-from .basecontract import LARGEST_BLOB_RECORD
+from .basecontract import LookBack
 from .basecontract import Read
 from .basecontract import Revisions
 from .basecontract import Snapshot
@@ -29,12 +34,16 @@ from .keys import TID_SIZE
 
 # More revisions than any object has.
 ALL = 10**6
+# How often, and in seconds, an undo looks again while another thread's vote writes.
+VOTE_ATTEMPTS = 300
+VOTE_PAUSE = 0.1
 
 
 class HistoryBase:
     """What such bases have in common. They may be inside wrappers that keep them as ``base``."""
 
     tells_tid = False
+    takes_tid = False
     shared = False
     keeps_history = True
     hides_undo = False  # a pack waits until an undo has ended
@@ -62,23 +71,37 @@ class HistoryBase:
             return None
         return found[0] if found and found[1] == serial else None
 
-    def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
-        # It undoes in its vote, and only its finish tells the tid.
-        tid = tid_of(transaction_id)
-        records = [record for stored in self.storage.iterator(tid, tid) for record in stored]
-        small = [each.oid for each in records if len(each.data or b"") <= LARGEST_BLOB_RECORD]
-        sources = list(self._before(small, tid))
-        self.storage.undo(transaction_id, transaction)
-        return Undone((None, [record.oid for record in records]), None, sources)
+    @property
+    def look_back(self) -> LookBack | None:
+        return None if self.tells_tid else self
 
-    def _before(self, oids: Iterable[bytes], tid: bytes) -> Iterator[Source]:
-        for oid in oids:
-            try:
-                found = self.storage.loadBefore(oid, tid)
-            except POSKeyError:
-                found = None  # the transaction brought the object into being again
-            data, serial = found[:2] if found else (None, b"")
-            yield Source(oid, serial, data)
+    def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
+        # What these bases return.
+        tid, oids = result = self.storage.undo(transaction_id, transaction)
+        sources = (self.before(oid, tid_of(transaction_id)) for oid in oids)
+        return Undone(result, tid, sources)
+
+    def stored_by(self, tid: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+        for transaction in self.storage.iterator(tid, tid):
+            for record in transaction:
+                yield record.oid, record.data
+
+    def before(self, oid: bytes, tid: bytes) -> Source:
+        return self._before(self.storage, oid, tid)
+
+    @staticmethod
+    def _before(storage: Any, oid: bytes, tid: bytes) -> Source:
+        try:
+            found = storage.loadBefore(oid, tid)
+        except POSKeyError:
+            found = None  # the transaction brought the object into being again
+        data, serial = found[:2] if found else (None, b"")
+        return Source(oid, serial, data)
+
+    def current_tid(self, oid: bytes) -> bytes:
+        # Not getTid, which knows no object whose creation was undone.
+        tid: bytes = self._history(oid, 1)[0]["tid"]
+        return tid
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
@@ -90,6 +113,9 @@ class HistoryBase:
 
     def settle(self) -> None:
         pass
+
+    def give_up(self, instance: Any, transaction: Any) -> None:
+        instance.tpc_abort(transaction)
 
     def hold_commits(self, instance: Any) -> None:
         pass  # a transaction that has voted does
@@ -114,10 +140,41 @@ class HistoryBase:
 
     def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
         for oid, names in wanted.items():
-            if any(len(name) != TID_SIZE for name in names):
-                yield oid, survivors_among(self._revisions(oid), names, read)
-            else:
+            if self.tells_tid and all(len(name) == TID_SIZE for name in names):
                 yield oid, self._survivors_by_tid(oid, set(names), read)
+            else:
+                yield oid, self._survivors(oid, names, read)
+
+    def _survivors(self, oid: bytes, names: Collection[bytes], read: Read) -> Survivors:
+        """Go back from the current revision until all names are found: with one load, mostly."""
+        found = Survivors(set(), set())
+        last_seen = b""
+        try:
+            while (newest := self._load_before(oid, maxtid)) and newest[1] > last_seen:
+                loaded: tuple[bytes, bytes] | None = newest
+                while loaded is not None and loaded[1] > last_seen:
+                    data, tid = loaded
+                    reading = read(data)
+                    if not reading.is_blob:
+                        return survivors_among(self._revisions(oid), names, read)
+                    if tid in names:
+                        found.tids.add(tid)
+                    if reading.stamp:
+                        found.stamps.add(reading.stamp)
+                    if found.tids.union(found.stamps).issuperset(names):
+                        return found._replace(current=newest[1])
+                    loaded = self._load_before(oid, tid)
+                # What is missing a pack may have removed just now, after an undo brought its data
+                # back under a tid that was not there when we began.
+                last_seen = newest[1]
+        except POSKeyError:
+            # There is none, or an undone creation, behind which only the history goes on.
+            return survivors_among(self._revisions(oid), names, read)
+        return found._replace(current=last_seen or None)
+
+    def _load_before(self, oid: bytes, tid: bytes) -> tuple[bytes, bytes] | None:
+        found = self.storage.loadBefore(oid, tid)
+        return found[:2] if found else None
 
     def _survivors_by_tid(self, oid: bytes, tids: set[bytes], read: Read) -> Survivors:
         """Tell with as few loads as possible: one, where nothing was undone."""
@@ -163,9 +220,9 @@ class HistoryBase:
             if None not in found.values() or before == (history := self._history(oid)):
                 return found
 
-    def _history(self, oid: bytes) -> list[dict[str, Any]]:
+    def _history(self, oid: bytes, size: int = ALL) -> list[dict[str, Any]]:
         try:
-            history: list[dict[str, Any]] = self.storage.history(oid, size=ALL)
+            history: list[dict[str, Any]] = self.storage.history(oid, size=size)
         except POSKeyError:
             return []
         return history
@@ -177,6 +234,8 @@ class LocalBase(HistoryBase):
     :param bool by_tid: or by record, with stores held back until the uploads are done.
     :param str directory: where large transactions spill to then.
     """
+
+    takes_tid = True
 
     def __init__(self, storage: Any, by_tid: bool = True, directory: str | None = None) -> None:
         super().__init__(storage if by_tid else BufferedStorage(storage, directory))
@@ -194,12 +253,26 @@ class LocalBase(HistoryBase):
             raise POSKeyError("No such revision", oid, serial)
         return record
 
-    def undo(self, transaction_id: bytes, transaction: Any) -> Undone:
-        if not self.tells_tid:
-            return super().undo(transaction_id, transaction)
-        result = self.storage.undo(transaction_id, transaction)
-        sources = self._before(result[1], tid_of(transaction_id))
-        return Undone(result, self._innermost._tid, sources)
+    def stored_by(self, tid: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+        for attempt in range(1, VOTE_ATTEMPTS + 1):
+            try:
+                found = list(super().stored_by(tid))
+                break
+            except (AttributeError, ValueError):
+                # A FileStorage's, while a vote is writing to the end of its file.
+                if attempt == VOTE_ATTEMPTS:
+                    raise
+                time.sleep(VOTE_PAUSE)
+        yield from found
+
+    def give_up(self, instance: Any, transaction: Any) -> None:
+        base = self._innermost
+        # Only while we have its lock.
+        if isinstance(base, FileStorage) and base.tpc_transaction() is transaction:
+            # It would go on from the tid that was given. Others may have come further meanwhile,
+            # and the next tid would be lower than the last.
+            base._ts = max(base._ts, TimeStamp(base.lastTransaction()))
+        super().give_up(instance, transaction)
 
     def running(self) -> Any:
         # By record several have begun, and none knows its tid.

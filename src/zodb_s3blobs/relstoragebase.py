@@ -17,6 +17,7 @@ from ZODB.utils import u64
 from .basecontract import Base
 from .basecontract import innermost
 from .basecontract import LARGEST_BLOB_RECORD
+from .basecontract import LookBack
 from .basecontract import Read
 from .basecontract import Revisions
 from .basecontract import Source
@@ -38,9 +39,11 @@ class RelStorageBase:
     """
 
     tells_tid = False
+    takes_tid = True
     shared = True
     tells_garbage = True
     sources: Sequence[Any] = ()
+    look_back: LookBack | None = None
 
     def __init__(self, base: Any, root: Any = None) -> None:
         self.storage = base
@@ -110,6 +113,9 @@ class RelStorageBase:
                 yield wrapper.untransform_record_data
         else:
             yield bytes
+
+    def give_up(self, instance: Any, transaction: Any) -> None:
+        instance.tpc_abort(transaction)
 
     def hold_commits(self, instance: Any) -> None:
         relstorage = innermost(instance)

@@ -230,7 +230,7 @@ class TidRewriter:
             storage.tpc_begin(transaction, tid)
         except Exception:
             # The base may refuse a tid that is there. It may also keep its lock.
-            storage.tpc_abort(transaction)
+            self._base.give_up(storage, transaction)
             if self._last_transaction() < tid:
                 raise
             return False
@@ -242,11 +242,11 @@ class TidRewriter:
             self._base.hold_commits(storage)
             # SQLite shows our own.
             if self._last_transaction() > tid:
-                storage.tpc_abort(transaction)
+                self._base.give_up(storage, transaction)
                 return False
         except BaseException:
             # Whatever it was, the base must not keep its lock.
-            storage.tpc_abort(transaction)
+            self._base.give_up(storage, transaction)
             raise
         return True
 

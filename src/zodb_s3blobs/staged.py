@@ -47,7 +47,7 @@ class StagedBlob:
         self.is_ours = is_ours
         #: where the record carries the stamp
         self.store: StoreRecord | None = None
-        #: whether that is still to be done
+        #: whether the vote has still to do that
         self.is_to_store = False
         self.since = (0.0, 0.0)
         self.upload: Upload | None = None

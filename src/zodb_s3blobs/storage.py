@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 from copy import copy
-from functools import partial
 import logging
 import os
 from typing import Any
@@ -30,7 +29,6 @@ from . import blobpatch
 from .basecontract import Base
 from .basecontract import innermost
 from .basecontract import is_read_only
-from .basecontract import Source
 from .bases import base_of
 from .commit import TransactionBlobs
 from .copying import copy_transactions
@@ -46,6 +44,7 @@ from .rewriting import TidRewriter
 from .staged import BlobServices
 from .staged import remove_quietly
 from .translation import Translator
+from .undoing import LateUndo
 from .uploads import UploadPool
 
 
@@ -251,42 +250,44 @@ class S3BlobStorage:
         self, oid: bytes, oldserial: Any, data: bytes, blobfilename: str, version: str,
         transaction: Any,
     ) -> Any:  # fmt: skip
-        """Take over a file, store its record in the base and start the upload.
+        """Take over a file, start the upload, and store its record in the base: by record, in the
+        vote.
 
         :raises StorageError: when the record must carry a reference and is not a Blob's.
         """
         assert not version, "Versions aren't supported."
         blobs = self.__blobs(transaction)
-        stamp = None if self.__kind.tells_tid else new_stamp()
-        record = self.__refer(oid, data, stamp)
+        is_new = oldserial in (None, z64)
+        if self.__kind.tells_tid:
+            # A record with a reference was imported from another database.
+            record = self.__records.without_reference(data)
+            path = blobs.take_over(blobfilename)
+            try:
+                result = self.__base.store(oid, oldserial, record, "", transaction)
+            except BaseException:
+                remove_quietly(path)  # a conflict has no use for it
+                raise
+            with blobs.following():
+                blobs.stage(oid, path, is_new)
+            return result
 
-        def store_again(stamp: bytes) -> None:
-            record = self.__refer(oid, data, stamp)
+        def store(stamp: bytes) -> None:
+            record = self.__records.with_reference(data, stamp)
             self.__base.store(oid, oldserial, record, "", transaction)
 
-        path = blobs.take_over(blobfilename)
+        stamp = new_stamp()
         try:
-            result = self.__base.store(oid, oldserial, record, "", transaction)
-        except BaseException:
-            remove_quietly(path)  # a conflict has no use for it
-            raise
-        with blobs.following():
-            blobs.stage(oid, path, oldserial in (None, z64), stamp, store_again)
-        return result
-
-    def __refer(self, oid: bytes, data: bytes, stamp: bytes | None) -> bytes:
-        """Return a record that refers to the object with a stamp, or to none."""
-        if stamp is None:
-            # One with a reference was imported from another database.
-            return self.__records.without_reference(data)
-        try:
-            return self.__records.with_reference(data, stamp)
+            self.__records.with_reference(data, stamp)
         except ValueError as error:
             raise StorageError(
                 f"the blob 0x{u64(oid):x} cannot be stored: its record is not a ZODB.blob.Blob's,"
                 f" and where a {type(innermost(self.__base)).__name__} keeps it only a reference"
                 " in its record can tell"
             ) from error
+        path = blobs.take_over(blobfilename)
+        with blobs.following():
+            blobs.stage(oid, path, is_new, stamp, store)
+        return None
 
     def __restore_blob(
         self, oid: bytes, serial: bytes, data: bytes, blobfilename: str, prev_txn: Any,
@@ -305,29 +306,30 @@ class S3BlobStorage:
         return result
 
     def __undo(self, transaction_id: bytes, transaction: Any) -> Any:
-        """Undo on the base, then give each affected blob the bytes that become current again."""
+        """Undo on the base, and give each affected blob the bytes that become current again."""
         blobs = self.__blobs(transaction)
+        if self.__kind.look_back is not None:
+            with blobs.following():
+                return None, self.__late_undo(blobs, transaction).undo(transaction_id)
         undone = self.__kind.undo(transaction_id, transaction)
         with blobs.following():
             for source in undone.sources:
                 # A reference travels with its record.
                 reading = self.__records.read(source.record)
-                if not reading.is_blob or reading.stamp is not None:
-                    blobs.drop(source.oid, undone.tid)
-                elif undone.tid is not None:
+                if reading.is_blob and reading.stamp is None:
                     blobs.copy(source.oid, undone.tid, source.tid)
                 else:
-                    store = partial(self.__store_current, transaction, source)
-                    blobs.copy_by_record(source.oid, source.tid, store)
+                    blobs.drop(source.oid, undone.tid)
         return undone.result
 
-    def __store_current(self, transaction: Any, source: Source, stamp: bytes) -> None:
-        """Store what an undo has made current again, with a reference."""
-        assert source.record is not None
-        record = self.__refer(source.oid, source.record, stamp)
-        # What is current is perhaps the end of the object, which has a tid, too.
-        serial = self.__base.history(source.oid)[0]["tid"]
-        self.__base.store(source.oid, serial, record, "", transaction)
+    def __late_undo(self, blobs: TransactionBlobs, transaction: Any) -> LateUndo:
+        assert self.__kind.look_back is not None
+        if blobs.undo is None:
+            blobs.undo = LateUndo(
+                self.__kind.look_back, self.__base, self.__records, blobs, transaction
+            )
+        undo: LateUndo = blobs.undo
+        return undo
 
     def tpc_vote(self, transaction: Any) -> Any:
         """Wait for all uploads, then vote on the base.
@@ -454,8 +456,14 @@ class S3BlobStorage:
         that records no longer refer to are garbage, which the next pack deletes.
 
         :raises ReadOnlyError: when the base is read-only.
+        :raises Unsupported: over a ZEO client or a DemoStorage.
         """
         self.__refuse_read_only()
+        if not self.__kind.takes_tid:
+            raise Unsupported(
+                "blobs cannot be brought to keys by tid from here: stop the ZEO server, and call"
+                " this on an <s3blobstorage> with the same bucket and s3-prefix around its storage"
+            )
 
         def invalidate(tid: bytes, oids: Sequence[bytes]) -> None:
             if self.__db is not None and not IMVCCStorage.providedBy(self):

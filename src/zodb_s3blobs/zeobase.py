@@ -1,6 +1,7 @@
 """A ZEO client as base: other clients write, and the server's storage only answers questions."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Collection
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -8,19 +9,21 @@ from typing import Any
 
 from ZEO.Exceptions import ServerException
 from ZODB.POSException import POSKeyError
+from ZODB.POSException import StorageError
 from ZODB.utils import maxtid
 from ZODB.utils import p64
 
 from .basecontract import innermost
 from .basecontract import Read
-from .basecontract import Revisions
 from .basecontract import Survivors
-from .basecontract import survivors_among
 from .basecontract import Wanted
 from .buffer import BufferedStorage
+from .historybase import ALL
 from .historybase import HistoryBase
 
 
+# Seconds. Answers come from an index, or from a file that is read from its end.
+PATIENCE = 300.0
 # At the same time. The server answers one after the other; more only hide the way there and back.
 QUESTIONS = 8
 # Objects whose revisions are held in memory at the same time.
@@ -58,6 +61,8 @@ class ZeoBase(HistoryBase):
             )
         # FileStorages do. A DemoStorage, which does not, would pass for what is below it.
         self.tells_garbage = self._client._info["supports_record_iternext"]
+        # The last transaction that this client has been told of.
+        self._seen = bytes(8)
         # The highest oid that had a record before a pack of ours may have removed it.
         self._highest_before = b""
 
@@ -75,8 +80,15 @@ class ZeoBase(HistoryBase):
         self._highest_before = self.highest_oid()
 
     def last_transaction(self) -> bytes:
-        # Not the client's method, which tells what it has heard of.
-        tid: bytes = self._client._call("lastTransaction")
+        # What this client has heard of, and then what the server says.
+        self._seen = max(self._seen, self._client.lastTransaction())
+        tid: bytes = self._ask("lastTransaction")
+        if tid < self._seen:
+            raise StorageError(
+                f"the ZEO server's database ends at {tid.hex()}, before what this client has seen:"
+                " it seems to be a copy that is behind"
+            )
+        self._seen = tid
         return tid
 
     def highest_oid(self) -> bytes:
@@ -92,7 +104,7 @@ class ZeoBase(HistoryBase):
 
     def _has_record_from(self, oid: int) -> bool:
         try:
-            self._client.record_iternext(p64(oid))
+            self._ask("record_iternext", p64(oid))
         except POSKeyError:
             pass  # there is one, whose creation was undone
         except ServerException as error:
@@ -105,17 +117,63 @@ class ZeoBase(HistoryBase):
         return True
 
     def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
-        for oid, revisions in self.revisions(wanted):
-            survivors = survivors_among(revisions, wanted[oid], read)
-            if survivors.other_since is not None:
-                # Not that it is another database's: clients keep oids in stock over a restart of
-                # the server, which gives them out again.
-                survivors = survivors._replace(other_since=maxtid)
-            yield oid, survivors
-
-    def revisions(self, oids: Iterable[bytes]) -> Iterator[tuple[bytes, Revisions]]:
         # The iterator would tell, too, with one question for every record of the database.
-        rest = iter(oids)
+        rest = iter(wanted.items())
         with ThreadPoolExecutor(QUESTIONS, "zodb-s3blobs-zeo") as pool:
             while some := list(islice(rest, OBJECTS)):
-                yield from zip(some, pool.map(self._revisions, some), strict=True)
+                answers = [pool.submit(self._survivors, *each, read) for each in some]
+                for (oid, _names), answer in zip(some, answers, strict=True):
+                    yield oid, answer.result()
+        # A client that has lost its server may have turned to another one meanwhile.
+        self.last_transaction()
+
+    def _survivors(self, oid: bytes, names: Collection[bytes], read: Read) -> Survivors:
+        survivors = super()._survivors(oid, names, read)
+        if survivors.other_since is not None:
+            # Not that it is another database's: clients keep oids in stock over a restart of the
+            # server, which gives them out again.
+            survivors = survivors._replace(other_since=maxtid)
+        return survivors
+
+    def _load_before(self, oid: bytes, tid: bytes) -> tuple[bytes, bytes] | None:
+        # Not by the client's cache, which may not have heard of the last transactions.
+        found = self._ask("loadBefore", oid, tid)
+        if found is None:
+            return None
+        data, serial, _end = found
+        return self._as_base_has_it(oid, serial, data), serial
+
+    def _as_base_has_it(self, oid: bytes, tid: bytes, data: bytes) -> bytes:
+        # What wrappers between us and the client make of it only their own methods tell.
+        has_wrappers = self.storage.base is not self._client
+        record: bytes = self.storage.loadSerial(oid, tid) if has_wrappers else data
+        return record
+
+    def _history(self, oid: bytes, size: int = ALL) -> list[dict[str, Any]]:
+        try:
+            history: list[dict[str, Any]] = self._ask("history", oid, size)
+        except POSKeyError:
+            return []
+        return history
+
+    def stored_by(self, tid: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+        iterator = self._ask("iterator_start", tid, tid)
+        while self._ask("iterator_next", iterator) is not None:
+            records = self._ask("iterator_record_start", iterator, tid)
+            while (record := self._ask("iterator_record_next", records)) is not None:
+                oid, _tid, data, _back = record
+                yield oid, data and self._as_base_has_it(oid, tid, data)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Ask the server; a client drops answers that it refuses to unpickle, and waits for ever.
+
+        Such as a history whose transactions carry other things than text and numbers.
+        """
+        answer = self._client._server.call(method, *arguments, wait=False)
+        try:
+            return answer.result(PATIENCE)
+        except asyncio.TimeoutError as error:
+            raise StorageError(
+                f"ZEO {method}{arguments!r}: no answer within {PATIENCE:.0f} s; a client drops what"
+                " it does not unpickle, see its log"
+            ) from error
