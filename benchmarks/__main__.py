@@ -17,13 +17,15 @@ import os
 import subprocess
 import sys
 
-from tests.services.process import ServiceMissing
+from zodb_s3blobs.testing.process import ServiceMissing
 
 from . import commit
+from . import filestorage
 from . import opening
 from . import packing
 from . import postgresql
 from . import reading
+from . import zeo
 
 
 BENCHMARKS = {
@@ -37,10 +39,14 @@ BENCHMARKS = {
     "read-cached": reading.cached,
     "pack": packing.pack,
     "beside": postgresql.small_commits,
+    "beside-zeo": zeo.small_commits,
+    "beside-filestorage": filestorage.small_commits,
+    "buffer": filestorage.buffer,
     "sweep": postgresql.sweep,
+    "sweep-zeo": zeo.sweep,
     "open": opening.import_and_open,
 }
-LINE = "{what:<52}{server:<8}{ours:>10}{reference:>11}  {unit:<5}{ratio:>6}  {goal:<20}{verdict}"
+LINE = "{what:<56}{server:<8}{ours:>10}{reference:>11}  {unit:<5}{ratio:>6}  {goal:<20}{verdict}"
 
 
 def main():

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import gc
 import multiprocessing
+import os
 from pathlib import Path
 import tempfile
 import time
@@ -12,7 +13,7 @@ import time
 import ZODB.config
 
 from tests.services.location import new_bucket
-from tests.services.rclone import RcloneServer
+from zodb_s3blobs.testing.server import EmbeddedS3
 
 
 KiB = 1 << 10
@@ -118,9 +119,17 @@ def workspace():
 
 
 @contextmanager
+def in_memory():
+    """Yield a directory that no file written or removed on a disk holds up; its path is short."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=place) as directory:
+        yield Path(directory)
+
+
+@contextmanager
 def rclone(directory):
     """Yield the location of a bucket on a fresh rclone."""
-    with RcloneServer(directory / "rclone") as server:
+    with EmbeddedS3(directory / "rclone") as server:
         yield new_bucket(server)
 
 
