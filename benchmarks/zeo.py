@@ -112,18 +112,18 @@ def _iterate(base, calls):
 
 
 class Calls:
-    """Counts what a client asks its server and waits for."""
+    """Counts what a client asks its server and waits for, now or later."""
 
     def __init__(self):
         self.number = 0
 
     def count(self, client):
         """Begin to count, with 0."""
-        numbers, call = itertools.count(1), client._call
+        numbers, call = itertools.count(1), client._server.call
         self.number = 0
 
         def counting(*arguments, **options):
             self.number = next(numbers)
             return call(*arguments, **options)
 
-        client._call = counting
+        client._call = client._server.call = counting
