@@ -93,7 +93,10 @@ class LookBack(Protocol):
         """Tell what was current before a transaction."""
 
     def current_tid(self, oid: bytes) -> bytes:
-        """Return the tid of the current revision, which may be the end of the object."""
+        """Return the tid of the current revision, which may be the end of the object.
+
+        :returns: nothing, when the object is gone without a trace.
+        """
 
 
 class Base(Protocol):

@@ -100,7 +100,7 @@ class HistoryBase:
 
     def current_tid(self, oid: bytes) -> bytes:
         # Not getTid, which knows no object whose creation was undone.
-        tid: bytes = self._history(oid, 1)[0]["tid"]
+        tid: bytes = history[0]["tid"] if (history := self._history(oid, 1)) else b""
         return tid
 
     @contextmanager

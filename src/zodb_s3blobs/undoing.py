@@ -67,7 +67,7 @@ class LateUndo:
 
     def _store_all_anew(self, transaction_id: bytes) -> None:
         tid = tid_of(transaction_id)
-        for oid in [oid for oid, _record in self._base.stored_by(tid)]:
+        for oid in dict.fromkeys(oid for oid, _record in self._base.stored_by(tid)):
             self._store_anew(self._base.before(oid, tid), tid)
 
     def _is_by_tid(self, source: Source) -> bool:
