@@ -1,5 +1,6 @@
 """Databases as a site opens them, and clients that wait or fail where a test wants it."""
 
+from collections import Counter
 import contextlib
 from dataclasses import replace
 import hashlib
@@ -250,6 +251,16 @@ def load(storage, oid, serial):
     """Return the bytes of a revision."""
     with open(storage.loadBlob(oid, serial), "rb") as file:
         return file.read()
+
+
+def stored_twice(storage):
+    """Return (tid, oid) of each object that one transaction has several records of."""
+    return [
+        (transaction.tid, oid)
+        for transaction in storage.iterator()
+        for oid, count in Counter(record.oid for record in transaction).items()
+        if count > 1
+    ]
 
 
 def random_bytes(seed, size):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+from persistent.mapping import PersistentMapping
 import pytest
 import transaction
 from ZODB.blob import Blob
@@ -341,6 +342,21 @@ class TestUndo:
         write(db, b"3")
         assert site.current() == b"3"
 
+    def test_several_undone_at_once_survive_a_pack_to_a_moment_before_them(self, site):
+        """A later undo refers to what they left, and a pack finds that and nothing else."""
+        db, _client = site.open()
+        write(db, b"0", b"1", b"2", b"3")
+        undo(db, 0, 1)
+        oid, _tid, _data = current(db)
+        tids = [entry["tid"] for entry in reversed(db.storage.history(oid, size=100))]
+        write(db, b"4")
+        undo(db, 0)
+        assert site.current() == b"1"
+        before, after = (TimeStamp(tid).timeTime() for tid in tids[1:3])
+        db.pack((before + after) / 2)
+        db, _client = site.open()
+        assert site.current() == b"1"
+
     @pytest.mark.parametrize("size", [0, 1 << 20], ids=["small file", "large file"])
     def test_undo_while_another_writes_to_the_file_is_no_hindrance(self, site, monkeypatch, size):
         """Half a transaction is at its end when the one that is to be undone is looked up."""
@@ -484,7 +500,7 @@ class TestMixedHistory:
         copied.wait()
         write(db, b"6")
         before = mixed.keys()
-        with pytest.raises(ConflictError):
+        with pytest.raises(UndoError):
             db.storage.tpc_vote(txn)
         db.storage.tpc_abort(txn)
         assert keys(s3) == sorted(before)
@@ -517,6 +533,76 @@ class TestMixedHistory:
             assert load(db.storage, oid, tid) == b"%d" % number
         undo(db, 0, 1, 2)
         assert mixed.current() == b"2"
+
+    @pytest.mark.parametrize("packed_to", [1, 3, 5])
+    def test_undone_changes_survive_packs_to_a_moment_before_them(self, mixed, packed_to):
+        """Each undo refers to one before it: a pack finds the one record that is meant."""
+        db, _client = mixed.open("record")
+        for data in (b"6", b"7"):
+            write(db, data)
+            undo(db, 0)
+        assert mixed.current() == b"5"
+        oid, _tid, _data = current(db)
+        tids = [entry["tid"] for entry in reversed(db.storage.history(oid, size=100))]
+        before, after = (TimeStamp(tid).timeTime() for tid in tids[packed_to:][:2])
+        for moment in ((before + after) / 2, time.time() + 1):
+            db.pack(moment)
+            assert mixed.current() == b"5"
+            db, _client = mixed.open("record")
+            assert mixed.current() == b"5"
+        assert len(db.storage.history(oid, size=100)) == 1
+
+    @pytest.mark.parametrize("changes", [[], [b"6"], [b"6", b"7"]], ids=len)
+    @pytest.mark.parametrize("count", range(1, 6))
+    def test_several_undone_at_once_are_redone_and_go_on(self, mixed, changes, count):
+        """Over revisions of both forms; then changed and undone once more."""
+        db, _client = mixed.open("record")
+        write(db, *changes)
+        expected = [*(b"%d" % number for number in range(6)), *changes]
+        # Back over at least one revision by tid: what refers is the base's own to undo.
+        count += len(changes)
+        undo(db, *range(count))
+        assert mixed.current() == expected[-1 - count]
+        undo(db, 0)
+        assert mixed.current() == expected[-1]
+        write(db, b"8")
+        undo(db, 0)
+        assert mixed.current() == expected[-1]
+
+    def test_undone_deletions_survive_a_pack_to_a_moment_before_the_undo(self, mixed):
+        """What was garbage then is kept for what refers to it now, beside a blob by tid."""
+        db, _client = mixed.open("tid")
+        with db.transaction() as conn:
+            conn.root()["plain"] = PersistentMapping(text="precious")
+            conn.root()["other"] = Blob(b"other")
+        with db.transaction() as conn:
+            del conn.root()["plain"], conn.root()["other"]
+            with conn.root()["blob"].open("w") as file:
+                file.write(b"6")
+        deleted = db.lastTransaction()
+        db, _client = mixed.open("record")
+        undo(db, 0)
+        before, after = (TimeStamp(tid).timeTime() for tid in (deleted, db.lastTransaction()))
+        db.pack((before + after) / 2)
+        db, _client = mixed.open("record")
+        assert mixed.current() == b"5"
+        with db.transaction() as conn:
+            assert conn.root()["plain"]["text"] == "precious"
+            assert read(conn.root()["other"]) == b"other"
+
+    def test_undo_of_what_was_packed_is_refused_and_deletes_nothing(self, mixed):
+        """A revision whose predecessor was packed away is no creation."""
+        db, _client = mixed.open("record")
+        last = db.undoLog(0, 1)[0]["id"]
+        undo(db, 0)
+        again = db.undoLog(0, 1)[0]["id"]
+        db.pack(time.time() + 1)
+        manager = transaction.TransactionManager()
+        db.undoMultiple([again, last], manager.get())
+        with pytest.raises(UndoError):
+            manager.commit()
+        manager.abort()
+        assert mixed.current() == b"4"
 
 
 class TestPack:

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import transaction
@@ -19,6 +20,7 @@ from ZODB.utils import u64
 from zodb_s3blobs import rewriting
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.keys import parse_key
 from zodb_s3blobs.records import read_reference
 from zodb_s3blobs.relstoragebase import RelStorageBase
 
@@ -367,6 +369,74 @@ def test_rewriting_beside_writers_that_never_pause(s3, tmp_path, postgresql, kee
             assert read(blob) == last.get(number, b"0")
             assert blob_key(blob._p_oid, blob._p_serial) in keys(s3)
     db.close()
+
+
+class LosingRuns:
+    """Runs over a FileStorage whose blob is by record, and what others commit beside them.
+
+    :ivar others: called in turn, each with the tid of an attempt that has copied its blob.
+    """
+
+    def __init__(self, location, directory, monkeypatch):
+        self._seconds = 0.0
+        # What others take their time for makes the next attempt choose a tid ahead of the clock.
+        clocks = SimpleNamespace(
+            monotonic=lambda: self._seconds, time=time.time, gmtime=time.gmtime
+        )
+        monkeypatch.setattr(rewriting, "time", clocks)
+        self.storage, client = make_storage(location, directory, addressing="record", gc_grace=0.0)
+        self.db = DB(self.storage)
+        self.change(b"first")
+        self.others = []
+        client.after["copy_object"] = self._copied
+
+    def _copied(self, source, target):
+        tid = parse_key(target)[1]
+        if tid > self.db.lastTransaction():  # no copy of a revision that stays as history
+            self.others.pop(0)(tid)
+
+    def run(self, *others):
+        assert self.others == []
+        self.others += others
+        return self.storage.rewrite_by_tid()
+
+    def change(self, data):
+        """Change the blob."""
+        with self.db.transaction() as conn:
+            blob = conn.root().setdefault("blob", Blob())
+            with blob.open("w") as file:
+                file.write(data)
+
+    def conflict(self, tid):
+        self.change(b"second")
+
+    def commit(self, tid):
+        with self.db.transaction() as conn:
+            conn.root()["number"] = conn.root().get("number", 0) + 1
+
+    def overtake(self, tid):
+        self._seconds += 10
+        while self.db.lastTransaction() <= tid:
+            self.commit(tid)
+
+
+def test_tids_of_a_filestorage_never_go_backwards(s3, tmp_path, monkeypatch):
+    """Whatever tids the attempts had that were too late, conflicted or failed; a pack works."""
+    runs = LosingRuns(s3, tmp_path, monkeypatch)
+    with pytest.raises(TransientS3Error, match="says the test"):
+        runs.run(runs.overtake, runs.conflict, Failure())
+    # An attempt that conflicted had a tid ahead of the clock: from there on the others go on.
+    assert runs.run(runs.overtake, runs.commit).rewritten == 1
+    assert runs.others == []
+    runs.commit(None)
+    tids = [each.tid for each in runs.storage.iterator()]
+    assert tids == sorted(set(tids))
+    runs.db.pack(time.time() + 2 * rewriting.LONGEST_LEAD)
+    with runs.db.transaction() as conn:
+        blob = conn.root()["blob"]
+        assert read(blob) == b"second"
+        assert keys(s3) == [blob_key(blob._p_oid, blob._p_serial)]
+    runs.db.close()
 
 
 def test_begin_that_fails_leaves_no_lock(site, s3, tmp_path):

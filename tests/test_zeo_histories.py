@@ -2,6 +2,7 @@
 
 from base64 import encodebytes
 from contextlib import closing
+from functools import partial
 import shutil
 
 import pytest
@@ -10,10 +11,14 @@ from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
 from ZODB.POSException import ConflictError
 from ZODB.POSException import POSKeyError
 from ZODB.POSException import UndoError
+from ZODB.TimeStamp import TimeStamp
+from ZODB.utils import z64
 
+from zodb_s3blobs import commit
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 
@@ -26,6 +31,10 @@ from .storages import open_db
 from .storages import read
 from .storages import start
 from .storages import store_blob
+from .storages import stored_twice
+from .test_commit import Clocks
+from .test_commit import GRACE
+from .test_commit import RENEWED
 from .zeoclients import own_cluster
 
 
@@ -105,6 +114,12 @@ def referring(cluster, tid):
     found = {name: key for name, key in blobs.items() if name[1] == tid}
     assert not set(found) & by_tid(cluster)
     return set(found.values())
+
+
+def check_records(cluster):
+    """No transaction has two records of one object."""
+    with closing(FileStorage(str(cluster.database.path), read_only=True)) as storage:
+        assert stored_twice(storage) == []
 
 
 class TestOldBlobs:
@@ -282,6 +297,67 @@ class TestUndo:
         storage.tpc_vote(changes)
         storage.tpc_finish(changes)
         cluster.check_packed(a=3)
+
+
+class TestRecords:
+    """A FileStorage's pack takes the first of several that a transaction has of an object."""
+
+    def test_undone_changes_survive_a_pack_to_a_moment_before_them(self, went_on):
+        """Each undo refers to one before it: a pack finds the one record that is meant."""
+        former = Former(("a", 1), ("a", 2))
+        cluster = went_on(former)
+        one = cluster.here("one", gc_grace="0s")
+        one.commit(3, "a")
+        first = one.last()
+        undone(one, first)
+        one.commit(4, "a")
+        undone(one, one.last())
+        cluster.check(a=2)
+        before, after = (TimeStamp(tid).timeTime() for tid in (former.tids[1], first))
+        one.pack_to((before + after) / 2)
+        cluster.check(a=2)
+        one.pack()
+        cluster.check_packed(a=2)
+
+    def test_several_changes_undone_at_once_are_redone_and_undone_again(self, went_on):
+        """Of both forms, and all the way forward again, and back."""
+        former = Former(("x", 1), ("y", 1), ("x", 2))
+        cluster = went_on(former)
+        one = cluster.here("one")
+        one.commit(3, "x", "y")
+        three = one.last()
+        one.commit(4, "x")
+        tid = undone(one, one.last(), three, former.tids[2])
+        tid = undone(one, tid)
+        cluster.check(x=4, y=3)
+        undone(one, tid)
+        cluster.check(x=1, y=1)
+        cluster.check_packed(x=1, y=1)
+
+    def test_blob_that_is_uploaded_again_has_one_record(self, went_on, monkeypatch):
+        """With the stamp of the last upload."""
+        clocks = Clocks()
+        services = partial(commit.BlobServices, clocks=clocks)
+        monkeypatch.setattr("zodb_s3blobs.storage.BlobServices", services)
+        former = Former(("a", 1), ("a", 2))
+        cluster = went_on(former)
+        base = storageFromString(cluster.database.section)
+        storage, client = make_storage(
+            cluster.location, cluster.directory, "one", base=base, gc_grace=GRACE
+        )
+        oid, tid = max(by_tid(cluster))
+        changes = TransactionMetaData()
+        with closing(storage):
+            storage.tpc_begin(changes)
+            store_blob(storage, changes, oid, contents("a", 3), tid)
+            store_blob(storage, changes, storage.new_oid(), b"new", z64)
+            clocks.advance(RENEWED)
+            storage.tpc_vote(changes)
+            tid = storage.tpc_finish(changes)
+            assert client.count("upload_file") == 4
+        assert len(referring(cluster, tid)) == 2
+        check_records(cluster)
+        cluster.check(a=3)
 
 
 class TestFailures:

@@ -1,24 +1,33 @@
 """Packs and sweeps of ZEO clients: what they delete, what they leave alone, and what stops them."""
 
 from contextlib import closing
+from datetime import datetime
+from functools import partial
+import shutil
 import time
 
 from persistent.mapping import PersistentMapping
 import pytest
+import transaction
+from ZODB.blob import Blob
 from ZODB.config import storageFromString
 from ZODB.Connection import TransactionMetaData
+from ZODB.POSException import StorageError
 from ZODB.POSException import Unsupported
 
 from zodb_s3blobs import zeobase
 from zodb_s3blobs.interfaces import OtherDatabaseError
 
+from .relstorages import contents
 from .relstorages import wait_until
 from .services.location import boto3_client
 from .services.zeo import ZeoServer
 from .storages import make_storage
 from .storages import open_db
 from .storages import section
+from .storages import start
 from .storages import store_blob
+from .zeoclients import FILE
 from .zeoclients import own_cluster
 from .zeoclients import shared_cluster
 from .zeoclients import ZeoCluster
@@ -253,6 +262,110 @@ class TestOtherDatabase:
         report = counted(site.sweep())
         assert report == counts(listed=3, kept=1, foreign=2)
         assert len(cluster.objects()) == 4
+
+
+class TestServerDown:
+    @pytest.mark.parametrize("addressing", ["tid", "record"])
+    def test_pack_of_the_servers_file_keeps_what_a_waiting_client_has_uploaded(
+        self, own, addressing
+    ):
+        """It commits when the server is back, with objects that no other process knew of."""
+        own.here("one").commit(1, "a", "b")
+        own.close()
+        client = own.start("zope")
+        client.connect_before_going_on()
+        client.hold("beginning")
+        client.begin("commit", 2, "a", "new")
+        client.wait_for("beginning")
+        uploaded = own.objects()
+        assert len(uploaded) == 4
+        own.database.server.stop()
+        base = f"<filestorage>\npath {own.database.path}\n</filestorage>"
+        with closing(own.open("direct", base=base, addressing=addressing)) as db:
+            db.pack(time.time() + 1)
+            assert db.storage.sweep().deleted == 0
+        assert own.objects() == uploaded
+        own.database.server.start()
+        client.go_on()
+        client.result()
+        own.check_packed(a=2, b=1, new=2)
+
+    @pytest.mark.parametrize("moment", ["listed", "asked"])
+    def test_fall_back_to_an_older_copy_in_a_sweep_deletes_nothing(self, own, monkeypatch, moment):
+        """Its server knows nothing of what was committed since; the error says that."""
+        site = own.here("one", gc_grace="0s")
+        site.commit(1, "a", "b")
+        other = own.database.server.directory.parent / "copy"
+        other.mkdir()
+        shutil.copy(own.database.path, other / "main.fs")
+        site.commit(2, "a", "b")
+        own.close()
+        with ZeoServer(other, FILE.format(name="main"), read_only="true") as copy:
+            address = f"{own.database.server.address}\nserver {copy.address}"
+            base = storageFromString(own.database.client(address, read_only_fallback="true"))
+            storage, client = make_storage(
+                own.location, own.directory, "two", base=base, gc_grace=0.0
+            )
+            assert not storage.isReadOnly()
+
+            def fall_back(*args):
+                client.after.clear()
+                own.database.server.stop()
+                wait_until(lambda: storage.is_connected() and storage.isReadOnly())
+
+            if moment == "listed":
+                client.after["list_pages"] = fall_back
+            else:
+                survivors = zeobase.ZeoBase.survivors
+
+                def fall_back_and_ask(*args):
+                    fall_back()
+                    return survivors(*args)
+
+                monkeypatch.setattr(zeobase.ZeoBase, "survivors", fall_back_and_ask)
+            with closing(storage), pytest.raises(StorageError, match="a copy that is behind"):
+                storage.sweep()
+        assert len(own.objects()) == 4
+        assert own.objects() == own.references()
+
+
+class TestRefusedAnswers:
+    """A client drops a history with other things than text and numbers, and waits for ever."""
+
+    def fill(self, location, directory, path, *, undone=False):
+        """Commit as a process that has the file open may do."""
+        base = f"<filestorage>\npath {path}\n</filestorage>"
+        db = open_db(location, directory, cache="former", base=base, addressing="record")
+        with closing(db):
+            for number, name in ((1, "a"), (2, "a"), (1, "b")):
+                with db.transaction() as conn:
+                    blob = conn.root().setdefault(name, Blob())
+                    with blob.open("w") as file:
+                        file.write(contents(name, number))
+                    conn.transaction_manager.get().setExtendedInfo("when", datetime(2020, 1, 2))
+            if undone:
+                db.undo(db.undoLog(0, 1)[0]["id"])
+                transaction.commit()
+
+    def test_sweep_does_without_where_there_are_records(self, request):
+        """Of revisions that stay, and of such as the server has packed away."""
+        with own_cluster(request, self.fill) as cluster:
+            site = cluster.here("one", gc_grace="0s")
+            assert counted(start(site.sweep).result()) == counts(listed=3, kept=3)
+            site.commit(3, "a")
+            cluster.pack_base()
+            report = counted(start(site.sweep).result())
+            assert report == counts(listed=4, kept=2, garbage=2, deleted=2)
+            cluster.check_packed(a=3, b=1)
+
+    def test_sweep_that_cannot_do_without_ends_with_an_error(self, request, monkeypatch):
+        """Behind an undone creation only the history goes on; nothing is deleted."""
+        monkeypatch.setattr(zeobase, "PATIENCE", 1.0)
+        with own_cluster(request, partial(self.fill, undone=True)) as cluster:
+            site = cluster.here("one", gc_grace="0s")
+            with pytest.raises(StorageError, match=r"ZEO history.*no answer within 1 s"):
+                start(site.sweep).result()
+            assert len(cluster.objects()) == 3
 
 
 class TestServers:

@@ -25,7 +25,7 @@ Scan = Callable[[], Iterable[tuple[str, int, float]]]
 
 VERSION = 1
 # Seconds until a process gives up waiting for the others.
-BUSY_TIMEOUT = 10.0
+BUSY_TIMEOUT = 60.0
 
 _SCHEMA = """
 DROP TABLE IF EXISTS file;

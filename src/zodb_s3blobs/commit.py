@@ -67,8 +67,10 @@ class TransactionBlobs:
         self._owns_keys = owns_keys
         # By (oid, tid)
         self._blobs: dict[tuple[bytes, bytes | None], StagedBlob] = {}
-        # By oid, or by what else the caller knows it again: what the vote still asks of the base
-        self._deferred: dict[bytes, Callable[[], Any]] = {}
+        # What the vote still asks of the base, before it stores records: undos.
+        self._calls: list[Callable[[], Any]] = []
+        # By oid, what it stores then, besides the records of blobs that are staged.
+        self._stores: dict[bytes, Callable[[], Any]] = {}
         #: where only the end tells the tid: what is being undone
         self.undo: Any = None
         # Keys whose object may exist although the transaction no longer wants it.
@@ -162,21 +164,19 @@ class TransactionBlobs:
         blob.is_to_store = True
         self._copy_to(blob, source_tid, None)
 
-    def defer(self, name: bytes, call: Callable[[], Any]) -> None:
-        """Let the vote ask something of the base.
+    def call_in_vote(self, call: Callable[[], Any]) -> None:
+        """Let the vote ask something of the base, before it stores records."""
+        self._calls.append(call)
 
-        Once for each object: a FileStorage with two records of one oid in a transaction packs the
-        wrong one where a later undo has referred to the other.
+    def store_in_vote(self, oid: bytes, store: Callable[[], Any]) -> None:
+        """Let the vote store a record, in the place of what it was to store for this object."""
+        self.leave(oid)
+        self._stores[oid] = store
 
-        :param bytes name: the oid of the object that it changes, in whatever way it was to be
-            changed until now; or another name.
-        """
-        self.drop(name, self.tid)
-        self._deferred[name] = call
-
-    def recall(self, name: bytes) -> None:
-        """Forget what was deferred."""
-        self._deferred.pop(name, None)
+    def leave(self, oid: bytes) -> None:
+        """Let the vote store nothing for an object."""
+        self.drop(oid, self.tid)
+        self._stores.pop(oid, None)
 
     def _copy_to(self, blob: StagedBlob, source_tid: bytes, source_stamp: bytes | None) -> None:
         self._enter(blob)
@@ -204,7 +204,7 @@ class TransactionBlobs:
 
     def _enter(self, blob: StagedBlob) -> None:
         self.drop(blob.oid, blob.tid)
-        self._deferred.pop(blob.oid, None)
+        self._stores.pop(blob.oid, None)
         if blob.key not in self._dropped:
             self._services.open_keys.add(blob.key)
         self._blobs[blob.oid, blob.tid] = blob
@@ -263,13 +263,14 @@ class TransactionBlobs:
         self.phase = Phase.VOTED
 
     def _store_records(self) -> None:
+        while self._calls:
+            self._calls.pop(0)()
         for blob in self._blobs.values():
             if blob.store is not None and blob.is_to_store:
                 blob.store(blob.name)
                 blob.is_to_store = False
-        for call in self._deferred.values():
-            call()
-        self._deferred.clear()
+        while self._stores:
+            self._stores.popitem()[1]()
 
     def _wait_for_uploads(self) -> None:
         uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
@@ -326,7 +327,8 @@ class TransactionBlobs:
         :raises TransientS3Error: when the vote is so long ago that a sweep may take them before the
             base has finished.
         """
-        if self.phase is Phase.DOOMED or (self._blobs and self.phase is not Phase.VOTED):
+        waits = self._blobs or self._calls or self._stores
+        if self.phase is Phase.DOOMED or (waits and self.phase is not Phase.VOTED):
             raise StorageTransactionError("tpc_finish without a vote that waited for the blobs")
         if any(self._age(blob) >= LATEST_FINISH for blob in self._blobs.values()):
             raise TransientS3Error(

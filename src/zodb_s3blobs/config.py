@@ -76,8 +76,10 @@ def seconds(text: str) -> float:
 
 
 def grace(text: str) -> float:
-    """Return a time in seconds, given as seconds or with the suffix s, m, h or d; 0 is one."""
-    for suffix, factor in (("s", 1), ("m", 60), ("h", 3600), ("d", 86400), ("", 1)):
+    """Return a time in seconds, given with the suffix s, m, h or d; 0 needs none."""
+    if text == "0":
+        return 0.0
+    for suffix, factor in (("s", 1), ("m", 60), ("h", 3600), ("d", 86400)):
         number = text.lower().removesuffix(suffix).strip()
         if text.lower().endswith(suffix) and number.isdecimal():
             return float(int(number) * factor)

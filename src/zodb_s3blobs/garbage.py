@@ -103,6 +103,9 @@ class Sweeper:
         report = SweepReport()
         with self._one_at_a_time:
             try:
+                # A ZEO client that turns to a server which is behind notices by what it has seen.
+                with self._base.snapshot() as snapshot:
+                    snapshot.last_transaction()
                 last: str | None = ""
                 while last is not None:
                     last = self._sweep_from(last, report, dry_run)
@@ -279,7 +282,8 @@ def _other_database(entry: _Entry) -> OtherDatabaseError:
     error = OtherDatabaseError(
         f"S3 sweep stopped at {key!r}: this object is no blob here, so the key seems to be another"
         " database's, or this database is not the one that filled the bucket. Nothing was deleted"
-        " among these keys. Give each database an s3-prefix or bucket of its own"
+        " among these keys. Give each database an s3-prefix or bucket of its own. (If this is the"
+        " only blob left, and its object was packed away on a ZEO server, store another one first.)"
     )
     error.operation, error.key, error.oid, error.tid = "sweep", key, entry.oid, entry.time
     return error

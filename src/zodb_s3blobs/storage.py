@@ -318,8 +318,12 @@ class S3BlobStorage:
                 reading = self.__records.read(source.record)
                 if reading.is_blob and reading.stamp is None:
                     blobs.copy(source.oid, undone.tid, source.tid)
-                else:
-                    blobs.drop(source.oid, undone.tid)
+                    continue
+                blobs.drop(source.oid, undone.tid)
+                if reading.stamp is not None and self.__kind.tells_tid:
+                    # A FileStorage's own undo refers to a transaction: see `LateUndo`.
+                    serial = self.__base.history(source.oid)[0]["tid"]
+                    self.__base.store(source.oid, serial, source.record, "", transaction)
         return undone.result
 
     def __late_undo(self, blobs: TransactionBlobs, transaction: Any) -> LateUndo:
@@ -466,8 +470,14 @@ class S3BlobStorage:
             )
 
         def invalidate(tid: bytes, oids: Sequence[bytes]) -> None:
-            if self.__db is not None and not IMVCCStorage.providedBy(self):
+            if self.__db is None or IMVCCStorage.providedBy(self):
+                return
+            try:
                 self.__db.invalidate(tid, oids)
+            except AttributeError:
+                # A wrapper that no database has been opened around, so that nobody reads. The base
+                # is in the middle of its finish.
+                logger.info("rewriting: nobody to tell")
 
         records = self.__records
         return TidRewriter(

@@ -3,8 +3,6 @@
 from functools import partial
 from typing import Any
 
-from ZODB.POSException import UndoError
-
 from .basecontract import LookBack
 from .basecontract import Source
 from .basecontract import tid_of
@@ -13,11 +11,15 @@ from .translation import Translator
 
 
 class LateUndo:
-    """The undos of one transaction.
+    """The undos of one transaction, which the vote asks of the base.
 
-    A reference travels with its record, so that the base's own undo does. But where a blob that is
-    kept by tid becomes current again, its record must get a reference, to a copy of the bytes: then
-    the records of the undone transaction are stored anew, each once, in the vote.
+    A reference travels with its record. But where a blob that is kept by tid becomes current again,
+    its record needs one, to a copy of the bytes: the vote then stores it once more, after the undo.
+
+    That makes two records of one oid in one transaction, and so do two undos. Reading finds the
+    last of them, but a FileStorage's pack takes the first where a later undo refers to that
+    transaction (``PackCopier._data_find``). So whatever goes back to such a double is stored once
+    more, too, and no current record only refers to one.
 
     :param storage: what undoes and stores.
     """
@@ -35,65 +37,47 @@ class LateUndo:
         self._records = records
         self._blobs = blobs
         self._transaction = transaction
-        self._undone: list[bytes] = []
-        self._stores_anew = False
-        # By oid, the tid of the revision that is current again, of what is stored anew.
-        self._current: dict[bytes, bytes] = {}
+        # Oids of what this transaction has undone already.
+        self._undone: set[bytes] = set()
+        # By tid, the oids of which a transaction has more than one record.
+        self._doubles: dict[bytes, set[bytes]] = {}
 
     def undo(self, transaction_id: bytes) -> list[bytes]:
-        """Undo a transaction and return the oids that it has stored.
-
-        :raises UndoError: when blobs by tid come back, and what was stored has been changed since.
-        """
-        tid = tid_of(transaction_id)
-        oids, blobs = [], []
+        """Undo a transaction in the vote, and return the oids that it has stored."""
+        tid, oids = tid_of(transaction_id), []
         for oid, record in self._base.stored_by(tid):
             oids.append(oid)
             # An object that is a blob is one in all its revisions; its end has no record.
             if not record or self._records.read(record).is_blob:
-                blobs.append(oid)
-        self._undone.append(transaction_id)
-        if self._stores_anew:
-            self._store_all_anew(transaction_id)
-        elif any(self._is_by_tid(self._base.before(oid, tid)) for oid in blobs):
-            self._stores_anew = True
-            for each in self._undone:
-                self._blobs.recall(each)
-                self._store_all_anew(each)
-        else:
-            undo = self._storage.undo
-            self._blobs.defer(transaction_id, partial(undo, transaction_id, self._transaction))
+                self._follow(self._base.before(oid, tid))
+        undo = self._storage.undo
+        self._blobs.call_in_vote(partial(undo, transaction_id, self._transaction))
         return oids
 
-    def _store_all_anew(self, transaction_id: bytes) -> None:
-        tid = tid_of(transaction_id)
-        for oid in dict.fromkeys(oid for oid, _record in self._base.stored_by(tid)):
-            self._store_anew(self._base.before(oid, tid), tid)
-
-    def _is_by_tid(self, source: Source) -> bool:
-        reading = self._records.read(source.record)
-        return reading.is_blob and reading.stamp is None
-
-    def _store_anew(self, source: Source, tid: bytes) -> None:
+    def _follow(self, source: Source) -> None:
+        """Have stored once more what becomes current again, where that is necessary."""
         oid = source.oid
+        reading = self._records.read(source.record)
         serial = self._base.current_tid(oid)
-        if self._current.get(oid, serial) != tid:
-            raise UndoError("blobs that are kept by tid would come back, and this was changed", oid)
-        if self._is_by_tid(source):
-            self._blobs.copy_by_record(oid, source.tid, partial(self._store_copy, source, serial))
-        elif source.record:
-            store = self._storage.store
-            self._blobs.defer(
-                oid, partial(store, oid, serial, source.record, "", self._transaction)
-            )
+        if reading.is_blob and reading.stamp is None:
+            self._blobs.copy_by_record(oid, source.tid, partial(self._store, source, serial))
+        elif reading.is_blob and (oid in self._undone or self._is_double(oid, source.tid)):
+            self._blobs.store_in_vote(oid, partial(self._store, source, serial))
         else:
-            delete = getattr(self._storage, "deleteObject", None)
-            if delete is None:
-                raise UndoError("the storage cannot undo the creation of what comes with it", oid)
-            self._blobs.defer(oid, partial(delete, oid, serial, self._transaction))
-        self._current[oid] = source.tid
+            self._blobs.leave(oid)
+        self._undone.add(oid)
 
-    def _store_copy(self, source: Source, serial: bytes, stamp: bytes) -> None:
-        assert source.record is not None
-        record = self._records.with_reference(source.record, stamp)
+    def _is_double(self, oid: bytes, tid: bytes) -> bool:
+        if tid not in self._doubles:
+            seen: set[bytes] = set()
+            doubles = self._doubles[tid] = set()
+            for each, _record in self._base.stored_by(tid):
+                (doubles if each in seen else seen).add(each)
+        return oid in self._doubles[tid]
+
+    def _store(self, source: Source, serial: bytes, stamp: bytes | None = None) -> None:
+        record = source.record
+        assert record is not None
+        if stamp is not None:
+            record = self._records.with_reference(record, stamp)
         self._storage.store(source.oid, serial, record, "", self._transaction)

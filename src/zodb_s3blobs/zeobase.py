@@ -51,8 +51,9 @@ class ZeoBase(HistoryBase):
         if "IBlobStorage" in names:
             raise ValueError(
                 "the ZEO server has blobs of its own: remove the blob-dir, or the <s3blobstorage>,"
-                " in its zeo.conf. The section stands around the <zeoclient> of each client or on"
-                " the server, not on both"
+                " in its zeo.conf, and name the directory, where there is one, as a"
+                " <blobdir-source> of each client. The section stands around the <zeoclient> of"
+                " each client or on the server, not on both"
             )
         if "IMVCCStorage" in names:
             raise ValueError(
