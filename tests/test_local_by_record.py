@@ -342,6 +342,18 @@ class TestUndo:
         write(db, b"3")
         assert site.current() == b"3"
 
+    def test_undo_of_what_carries_references_asks_for_no_history(self, site):
+        """Which a ZEO client may not get, where transactions carry what it does not unpickle."""
+        db, _client = site.open()
+        write(db, b"0", b"1")
+        base = db.storage.base
+        history, base.history = base.history, Failure(AssertionError("says the test"))
+        manager = transaction.TransactionManager()
+        db.undo(db.undoLog(0, 1)[0]["id"], manager.get())
+        manager.commit()
+        base.history = history
+        assert site.current() == b"0"
+
     def test_several_undone_at_once_survive_a_pack_to_a_moment_before_them(self, site):
         """A later undo refers to what they left, and a pack finds that and nothing else."""
         db, _client = site.open()

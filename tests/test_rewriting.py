@@ -31,6 +31,7 @@ from .storages import make_storage
 from .storages import PLAIN_RECORD
 from .storages import random_bytes
 from .storages import read
+from .storages import section
 from .storages import start
 from .storages import write_file
 
@@ -455,3 +456,22 @@ def test_begin_that_fails_leaves_no_lock(site, s3, tmp_path):
         storage.rewrite_by_tid()
     assert storage.rewrite_by_tid().rewritten == COUNT
     storage.close()
+
+
+def test_storage_inside_a_wrapper_without_a_database_is_rewritten(s3, tmp_path):
+    """As an operator opens it from a configuration; there is no connection to tell."""
+    text = section(s3, tmp_path, addressing="record")
+    text = f"%import zodb_s3blobs\n%import zc.zlibstorage\n<zlibstorage>\n{text}\n</zlibstorage>"
+    db = DB(storageFromString(text))
+    with db.transaction() as connection:
+        connection.root()["blob"] = Blob(b"bytes")
+    db.close()
+    storage = storageFromString(text)
+    assert storage.rewrite_by_tid().rewritten == 1
+    storage.close()
+    db = DB(storageFromString(text.replace("/cache", "/empty")))
+    with db.transaction() as connection:
+        blob = connection.root()["blob"]
+        assert read(blob) == b"bytes"
+        assert blob_key(blob._p_oid, blob._p_serial) in keys(s3)
+    db.close()

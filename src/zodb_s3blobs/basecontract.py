@@ -15,10 +15,6 @@ from typing import Protocol
 from ZODB.interfaces import IStorageWrapper
 
 
-# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
-LARGEST_BLOB_RECORD = 4096
-
-
 class Reading(NamedTuple):
     """What a record says."""
 

@@ -45,7 +45,7 @@ class _Calls:
             self._is_whole = False  # until all is written
             if self._file is None:
                 # Without a name, so that nothing stays of a process that is killed.
-                self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115  see close
             pickle.dump(self._recent, self._file, pickle.HIGHEST_PROTOCOL)
             self._chunks += 1
             self._recent, self._size = [], 0

@@ -186,6 +186,7 @@ class CacheIndex:
         try:
             self._prepare(connection)
         except BaseException:
+            # Whatever it was, nobody else closes it.
             connection.close()
             raise
         return connection

@@ -89,6 +89,7 @@ class TransactionBlobs:
         try:
             yield
         except BaseException:
+            # Whatever it was, an interruption included.
             self.phase = Phase.DOOMED
             raise
 
@@ -101,7 +102,7 @@ class TransactionBlobs:
         try:
             rename_or_copy_blob(blobfilename, path, chmod=False)
         except BaseException:
-            remove_quietly(path)
+            remove_quietly(path)  # half of a copy, of which nobody else knows
             raise
         return path
 
@@ -136,7 +137,7 @@ class TransactionBlobs:
         try:
             self._enter(blob)
         except BaseException:
-            remove_quietly(blob.path)
+            remove_quietly(blob.path)  # nobody else knows of it yet
             raise
         self._upload(blob)
 

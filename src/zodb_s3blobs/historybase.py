@@ -55,6 +55,7 @@ class HistoryBase:
         self._innermost = innermost(storage)
 
     def of(self, instance: Any) -> Base:
+        # Only an IMVCCStorage, as a RelStorage is, has instances.
         raise NotImplementedError("these storages have no instances")
 
     def database(self) -> str:
@@ -136,7 +137,8 @@ class HistoryBase:
         return tid
 
     def highest_oid(self) -> bytes:
-        raise NotImplementedError
+        # Only a sweep asks.
+        raise NotImplementedError("a DemoStorage, which is never swept, chooses oids at random")
 
     def survivors(self, wanted: Wanted, read: Read) -> Iterator[tuple[bytes, Survivors]]:
         for oid, names in wanted.items():

@@ -16,7 +16,6 @@ from ZODB.utils import u64
 
 from .basecontract import Base
 from .basecontract import innermost
-from .basecontract import LARGEST_BLOB_RECORD
 from .basecontract import LookBack
 from .basecontract import Read
 from .basecontract import Revisions
@@ -28,6 +27,8 @@ from .basecontract import Undone
 from .basecontract import Wanted
 
 
+# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
+LARGEST_BLOB_RECORD = 4096
 # RelStorage gives out oids in blocks of these.
 OIDS_AT_ONCE = 16
 

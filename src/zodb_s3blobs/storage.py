@@ -45,6 +45,7 @@ from .staged import BlobServices
 from .staged import remove_quietly
 from .translation import Translator
 from .undoing import LateUndo
+from .undoing import undo_at_once
 from .uploads import UploadPool
 
 
@@ -232,6 +233,7 @@ class S3BlobStorage:
             blobs = TransactionBlobs(self.__services, tid, given is None)
             transaction.set_data(self, blobs)
         except BaseException:
+            # Whatever it was, the base must not keep its lock.
             self.__base.tpc_abort(transaction)
             raise
 
@@ -299,7 +301,7 @@ class S3BlobStorage:
         try:
             result = self.__base.restore(oid, serial, data, "", prev_txn, transaction)
         except BaseException:
-            remove_quietly(path)
+            remove_quietly(path)  # nobody else will
             raise
         with blobs.following():
             blobs.stage_restored(oid, serial, path, self.__records.read(data).stamp)
@@ -307,33 +309,13 @@ class S3BlobStorage:
 
     def __undo(self, transaction_id: bytes, transaction: Any) -> Any:
         """Undo on the base, and give each affected blob the bytes that become current again."""
-        blobs = self.__blobs(transaction)
-        if self.__kind.look_back is not None:
-            with blobs.following():
-                return None, self.__late_undo(blobs, transaction).undo(transaction_id)
-        undone = self.__kind.undo(transaction_id, transaction)
+        blobs, look_back = self.__blobs(transaction), self.__kind.look_back
+        if look_back is None:
+            return undo_at_once(self.__kind, self.__records, blobs, transaction_id, transaction)
         with blobs.following():
-            for source in undone.sources:
-                # A reference travels with its record.
-                reading = self.__records.read(source.record)
-                if reading.is_blob and reading.stamp is None:
-                    blobs.copy(source.oid, undone.tid, source.tid)
-                    continue
-                blobs.drop(source.oid, undone.tid)
-                if reading.stamp is not None and self.__kind.tells_tid:
-                    # A FileStorage's own undo refers to a transaction: see `LateUndo`.
-                    serial = self.__base.history(source.oid)[0]["tid"]
-                    self.__base.store(source.oid, serial, source.record, "", transaction)
-        return undone.result
-
-    def __late_undo(self, blobs: TransactionBlobs, transaction: Any) -> LateUndo:
-        assert self.__kind.look_back is not None
-        if blobs.undo is None:
-            blobs.undo = LateUndo(
-                self.__kind.look_back, self.__base, self.__records, blobs, transaction
-            )
-        undo: LateUndo = blobs.undo
-        return undo
+            if blobs.undo is None:
+                blobs.undo = LateUndo(look_back, self.__base, self.__records, blobs, transaction)
+            return None, blobs.undo.undo(transaction_id)
 
     def tpc_vote(self, transaction: Any) -> Any:
         """Wait for all uploads, then vote on the base.
@@ -474,10 +456,10 @@ class S3BlobStorage:
                 return
             try:
                 self.__db.invalidate(tid, oids)
-            except AttributeError:
-                # A wrapper that no database has been opened around, so that nobody reads. The base
-                # is in the middle of its finish.
-                logger.info("rewriting: nobody to tell")
+            except Exception:
+                # The base is in the middle of its finish. A wrapper may have no database around it
+                # yet, and then there is nobody to tell.
+                logger.warning("rewriting could not tell connections", exc_info=True)
 
         records = self.__records
         return TidRewriter(

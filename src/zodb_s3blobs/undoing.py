@@ -1,8 +1,9 @@
-"""Undo where only its end tells the tid of a transaction."""
+"""Gives each blob the bytes that an undo makes current again."""
 
 from functools import partial
 from typing import Any
 
+from .basecontract import Base
 from .basecontract import LookBack
 from .basecontract import Source
 from .basecontract import tid_of
@@ -10,8 +11,36 @@ from .commit import TransactionBlobs
 from .translation import Translator
 
 
+def undo_at_once(
+    base: Base,
+    records: Translator,
+    blobs: TransactionBlobs,
+    transaction_id: bytes,
+    transaction: Any,
+) -> Any:
+    """Undo where the tid is known: a blob that is kept by tid is copied to the key of that.
+
+    :returns: what the base returns.
+    """
+    undone = base.undo(transaction_id, transaction)
+    with blobs.following():
+        for source in undone.sources:
+            # A reference travels with its record.
+            reading = records.read(source.record)
+            if reading.is_blob and reading.stamp is None:
+                blobs.copy(source.oid, undone.tid, source.tid)
+                continue
+            blobs.drop(source.oid, undone.tid)
+            if reading.stamp is not None and base.tells_tid:
+                # A FileStorage's own undo refers to a transaction: see `LateUndo`.
+                storage, oid = base.storage, source.oid
+                serial = storage.history(oid)[0]["tid"]
+                storage.store(oid, serial, source.record, "", transaction)
+    return undone.result
+
+
 class LateUndo:
-    """The undos of one transaction, which the vote asks of the base.
+    """The undos of one transaction whose tid only its end tells; the vote asks them of the base.
 
     A reference travels with its record. But where a blob that is kept by tid becomes current again,
     its record needs one, to a copy of the bytes: the vote then stores it once more, after the undo.
@@ -58,11 +87,12 @@ class LateUndo:
         """Have stored once more what becomes current again, where that is necessary."""
         oid = source.oid
         reading = self._records.read(source.record)
-        serial = self._base.current_tid(oid)
         if reading.is_blob and reading.stamp is None:
-            self._blobs.copy_by_record(oid, source.tid, partial(self._store, source, serial))
+            store = partial(self._store, source, self._base.current_tid(oid))
+            self._blobs.copy_by_record(oid, source.tid, store)
         elif reading.is_blob and (oid in self._undone or self._is_double(oid, source.tid)):
-            self._blobs.store_in_vote(oid, partial(self._store, source, serial))
+            store = partial(self._store, source, self._base.current_tid(oid))
+            self._blobs.store_in_vote(oid, store)
         else:
             self._blobs.leave(oid)
         self._undone.add(oid)
