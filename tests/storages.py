@@ -5,6 +5,7 @@ import contextlib
 from dataclasses import replace
 import hashlib
 import os
+from pathlib import Path
 import socket
 import tempfile
 import threading
@@ -270,7 +271,9 @@ def random_bytes(seed, size):
 
 def leftovers(storage):
     """Return the names of the temporary files of a storage."""
-    return os.listdir(storage.temporaryDirectory())
+    directory = Path(storage.temporaryDirectory())
+    ours = directory.parent.glob("process/*/*.tmp")
+    return [path.name for path in (*directory.iterdir(), *ours)]
 
 
 class Thread(threading.Thread):

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from zodb_s3blobs.cacheindex import CacheIndex
+from zodb_s3blobs.cacheindex import IndexBusy
 
 from .faults import in_child
 
@@ -16,118 +17,141 @@ def path(tmp_path):
     return str(tmp_path / "index.sqlite")
 
 
-def nothing():
-    """A directory without files."""
-    return iter(())
+def content(rows):
+    """Return names and sizes."""
+    return sorted(rows.between("a", "z").items())
+
+
+def oldest(rows):
+    """Return the row that was not used for longest, if there is any."""
+    return rows.by_use().fetchone()
 
 
 def test_rows_are_kept_and_their_total_known(path):
     """Put, put again with another size, mark, remove: the total follows."""
-    index = CacheIndex(path, nothing)
+    index = CacheIndex(path)
     with index.writing() as rows:
-        assert rows.total() == 0
-        assert rows.oldest() is None
+        assert rows.total == 0
+        assert oldest(rows) is None
         rows.put("a", 10, 3.0)
         rows.put("b", 20, 1.0)
         rows.put("c", 30, 2.0)
         rows.put("a", 5, 4.0)
     with index.writing() as rows:
-        assert rows.total() == 55
-        assert sorted(rows) == [("a", 5), ("b", 20), ("c", 30)]
+        assert rows.total == 55
+        assert content(rows) == [("a", 5), ("b", 20), ("c", 30)]
         assert "a" in rows and "d" not in rows
-        assert rows.oldest() == ("b", 20, 1.0)
-        rows.mark("b", 9.0)
-        assert rows.oldest() == ("c", 30, 2.0)
+        assert oldest(rows) == ("b", 20, 1.0)
+        rows.mark([("b", 9.0)])
+        assert oldest(rows) == ("c", 30, 2.0)
         rows.remove("c")
         rows.remove("never there")
-        assert rows.total() == 25
+        assert rows.total == 25
     index.close()
 
 
 def test_renamed_row_keeps_its_size_and_its_use(path):
     """It takes the place of a row of that name; where there is none, nothing comes of it."""
-    index = CacheIndex(path, nothing)
+    index = CacheIndex(path)
     with index.writing() as rows:
         rows.put("a", 10, 3.0)
         rows.put("b", 20, 1.0)
         rows.rename("a", "c")
-        assert sorted(rows) == [("b", 20), ("c", 10)]
+        assert content(rows) == [("b", 20), ("c", 10)]
         rows.rename("b", "c")
-        assert (list(rows), rows.oldest(), rows.total()) == ([("c", 20)], ("c", 20, 1.0), 20)
+        assert (content(rows), oldest(rows), rows.total) == ([("c", 20)], ("c", 20, 1.0), 20)
         rows.rename("c", "d")
         rows.rename("never there", "e")
-        assert (list(rows), rows.total()) == ([("d", 20)], 20)
+        assert (content(rows), rows.total) == ([("d", 20)], 20)
     index.close()
 
 
-def test_new_index_begins_with_what_is_there(path):
-    """The scan is asked once, and not again at the next opening."""
-    scans = []
-
-    def scan():
-        scans.append(1)
-        yield "a", 10, 1.0
-        yield "b", 20, 2.0
-
-    for _ in range(2):
-        index = CacheIndex(path, scan)
-        with index.writing() as rows:
-            assert rows.total() == 30
-        index.close()
-    assert len(scans) == 1
-
-
-def test_failed_scan_leaves_no_empty_index(path):
-    """An index that seems whole and knows of no file would break the bound."""
-
-    def fail():
-        yield "a", 10, 1.0
-        raise OSError("the disk")
-
-    index = CacheIndex(path, fail)
-    with pytest.raises(OSError, match="the disk"), index.writing():
-        pass
-    index.close()
-    index = CacheIndex(path, lambda: iter([("a", 10, 1.0)]))
+def test_new_index_is_incomplete_until_somebody_says_otherwise(path):
+    """It does not know what files there are; an opened one knows what was said."""
+    index = CacheIndex(path)
     with index.writing() as rows:
-        assert rows.total() == 10
+        assert not rows.is_complete
+        rows.add([("a", 10, 1.0), ("b", 20, 2.0)])
+    with index.writing() as rows:
+        assert not rows.is_complete
+        rows.is_complete = True
+    index.close()
+    index = CacheIndex(path)
+    with index.writing() as rows:
+        assert rows.is_complete
+        assert rows.total == rows.sum() == 30
+    index.close()
+
+
+def test_several_rows_are_removed_at_once(path):
+    """As eviction does it, which knows their sizes."""
+    index = CacheIndex(path)
+    with index.writing() as rows:
+        rows.add([("a", 10, 1.0), ("b", 20, 2.0), ("c", 40, 3.0)])
+        rows.remove_known([("a", 10), ("c", 40)])
+    with index.writing() as rows:
+        assert content(rows) == [("b", 20)]
+        assert rows.total == rows.sum() == 20
+    index.close()
+
+
+def test_times_of_directories_are_kept(path):
+    """None stands for a directory that is gone."""
+    index = CacheIndex(path)
+    with index.writing() as rows:
+        rows.note({"001": 5, "002": 6, "fff": None})
+    with index.writing() as rows:
+        assert rows.directories() == {"001": 5, "002": 6}
+        rows.note({"001": None, "002": 7})
+    with index.writing() as rows:
+        assert rows.directories() == {"002": 7}
+    index.close()
+
+
+def test_range_of_names_ends_before_its_end(path):
+    """A directory's rows are those from "abc/" to before "abc0"."""
+    index = CacheIndex(path)
+    with index.writing() as rows:
+        rows.add([("abb/f", 1, 1.0), ("abc/0", 2, 1.0), ("abc/f", 3, 1.0), ("abd/0", 4, 1.0)])
+        assert rows.between("abc/", "abc0") == {"abc/0": 2, "abc/f": 3}
+        assert rows.between("abb/", "abd/") == {"abb/f": 1, "abc/0": 2, "abc/f": 3}
     index.close()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
 def test_change_that_ends_in_an_error_is_not_kept(path, error):
     """The error itself comes through; the index goes on."""
-    index = CacheIndex(path, nothing)
+    index = CacheIndex(path)
     with pytest.raises(error), index.writing() as rows:
         rows.put("a", 10, 1.0)
         raise error()
     with index.writing() as rows:
-        assert rows.total() == 0
+        assert rows.total == 0
     index.close()
 
 
 def test_change_is_seen_by_another_index_on_the_same_file(path):
     """As by another process."""
-    first, second = CacheIndex(path, nothing), CacheIndex(path, nothing)
+    first, second = CacheIndex(path), CacheIndex(path)
     with first.writing() as rows:
         rows.put("a", 10, 1.0)
     with second.writing() as rows:
-        assert rows.total() == 10
+        assert rows.total == 10
     in_child(lambda: assert_total(path, 10))
     first.close()
     second.close()
 
 
 def assert_total(path, total):
-    index = CacheIndex(path, nothing)
+    index = CacheIndex(path)
     with index.writing() as rows:
-        assert rows.total() == total
+        assert rows.total == total
     index.close()
 
 
 def test_one_writer_at_a_time(path):
     """The lock of the index is the lock of the directory."""
-    index, other = CacheIndex(path, nothing), CacheIndex(path, nothing)
+    index, other = CacheIndex(path), CacheIndex(path)
     entered = threading.Event()
 
     def second():
@@ -147,25 +171,85 @@ def test_one_writer_at_a_time(path):
 def test_lock_held_for_too_long_is_an_os_error(path, monkeypatch):
     """A stopped process does not stop the others for ever."""
     monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 0.2)
-    index = CacheIndex(path, nothing)
+    index = CacheIndex(path)
     with index.writing() as rows:
         rows.put("a", 10, 1.0)
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    other = CacheIndex(path, nothing)
-    with pytest.raises(OSError, match="index of the blob cache"), other.writing():
+    other = CacheIndex(path)
+    with pytest.raises(IndexBusy, match="index of the blob cache"), other.writing():
         pass
     holder.execute("ROLLBACK")
     holder.close()
     with other.writing() as rows:
-        assert rows.total() == 10
+        assert rows.total == 10
     index.close()
     other.close()
 
 
+def test_thread_that_holds_the_lock_for_too_long_is_an_os_error(path, monkeypatch):
+    """Nothing waits without a bound, among threads either."""
+    monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 0.2)
+    index = CacheIndex(path)
+    errors = []
+
+    def second():
+        try:
+            with index.writing():
+                pass
+        except IndexBusy as error:
+            errors.append(error)
+
+    with index.writing() as rows:
+        rows.put("a", 10, 1.0)
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(20)
+    assert len(errors) == 1
+    with index.writing() as rows:
+        assert rows.total == 10
+    index.close()
+
+
+def test_index_that_another_process_made_anew_is_not_given_up(path):
+    """Who finds the old one damaged finds a new one under its path, and leaves that alone."""
+    index, other = CacheIndex(path), CacheIndex(path)
+    with index.writing() as rows:
+        rows.put("a", 10, 1.0)
+    with pytest.raises(OSError), index.writing():
+        for suffix in ("", "-wal", "-shm"):
+            os.remove(path + suffix)
+        with other.writing() as rows:
+            rows.put("b", 20, 1.0)
+        raise sqlite3.DatabaseError("damaged")
+    with index.writing() as rows:
+        assert content(rows) == [("b", 20)]
+    index.close()
+    other.close()
+
+
+def test_damage_is_found_when_all_is_read(path):
+    """And the next use finds a new index."""
+    index = CacheIndex(path)
+    with index.writing() as rows:
+        rows.add([(f"{number:05}", 1, 1.0) for number in range(5000)])
+    index.verify()
+    with index.writing() as rows:
+        assert rows.total == 5000
+    index.close()
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) - 8192)
+        file.write(b"\x5a" * 4096)
+    index.verify()
+    with index.writing() as rows:
+        assert (rows.total, rows.is_complete) == (0, False)
+    index.close()
+
+
 def test_path_that_cannot_be_opened_is_an_os_error(tmp_path):
     """The message names the file; SQLite's errors do not leave the index."""
-    index = CacheIndex(str(tmp_path / "nowhere" / "index.sqlite"), nothing)
+    (tmp_path / "nowhere").write_text("a file where a directory should be")
+    index = CacheIndex(str(tmp_path / "nowhere" / "index.sqlite"))
     with pytest.raises(OSError, match="nowhere"), index.writing():
         pass
 
@@ -177,10 +261,10 @@ def test_opening_waits_for_a_process_that_is_making_the_index(path, lock):
     other.execute(lock)
     timer = threading.Timer(0.3, other.execute, ["COMMIT"])
     timer.start()
-    index = CacheIndex(path, nothing)
+    index = CacheIndex(path)
     try:
         with index.writing() as rows:
-            assert rows.total() == 0
+            assert rows.total == 0
     finally:
         timer.join()
         other.close()
@@ -189,7 +273,7 @@ def test_opening_waits_for_a_process_that_is_making_the_index(path, lock):
 
 def test_two_threads_that_fork_at_once_leave_the_index_usable(tmp_path):
     """Each fork holds all indexes, and gives back those that it holds."""
-    index = CacheIndex(str(tmp_path / "index.sqlite"), lambda: ())
+    index = CacheIndex(str(tmp_path / "index.sqlite"))
 
     def fork():
         for _ in range(50):

@@ -467,7 +467,7 @@ class TestStaging:
             assert path.startswith(f"{tmp_path}/cache")
             assert os.stat(path).st_mode & 0o222 == 0
             assert load(storage, OID, tid) == b"from afar"
-            assert (leftovers(storage), os.listdir(f"{tmp_path}/cache/tmp")) == ([], [])
+            assert leftovers(storage) == list((tmp_path / "cache").rglob("*.tmp")) == []
             storage.close()
 
     def test_cache_that_refuses_does_not_fail_the_commit(self, s3, tmp_path, base, monkeypatch):
@@ -476,8 +476,8 @@ class TestStaging:
         txn = begun(storage)
         store_blob(storage, txn, OID, b"committed")
         storage.tpc_vote(txn)
-        for name in os.listdir(storage.temporaryDirectory()):
-            os.remove(os.path.join(storage.temporaryDirectory(), name))
+        for path in (tmp_path / "cache").rglob("*.tmp"):
+            path.unlink()
         tid = storage.tpc_finish(txn)
         assert load(storage, OID, tid) == b"committed"
         storage.close()
@@ -488,7 +488,7 @@ class TestStaging:
         txn = begun(storage)
         store_blob(storage, txn, OID, b"committed")
         storage.tpc_vote(txn)
-        directory = storage.temporaryDirectory()
+        (directory,) = {path.parent for path in (tmp_path / "cache").rglob("*.tmp")}
         os.chmod(directory, 0o500)
         os.chmod(f"{tmp_path}/cache", 0o500)
         try:
@@ -938,8 +938,8 @@ class TestCopyByRecord:
         client.calls.clear()
         pool = UploadPool(2)
         yield commit.BlobServices(
-            client, cache, BlobLoader(cache, client, []), pool, OpenKeys(), cache.temp_dir, GRACE,
-            clocks,
+            client, cache, BlobLoader(cache, client, []), pool, OpenKeys(),
+            cache.temporary_file, GRACE, clocks,
         )  # fmt: skip
         for each in (pool, cache, client):
             each.close()

@@ -1,7 +1,8 @@
 """Committed blob files on disk up to a byte budget, across threads and processes.
 
     cache_dir/{last 3 hex digits of oid}/{oid}.{tid}.blob    committed files
-    cache_dir/tmp/                                           files in the making
+    cache_dir/process/{process}/                             files in the making, and staged ones
+    cache_dir/tmp/                                           uncommitted files of ZODB
     cache_dir/index.sqlite, cache_dir/lock, cache_dir/boot
 
 A row of the index stands for a file that is there or is about to come. Room is
@@ -9,6 +10,9 @@ reserved by writing the row, and a file comes only while its row stands, so the
 sum of the rows bounds the sum of the files at every moment, whoever dies when.
 A hit marks the file's own time and touches nothing else; eviction takes the
 oldest row and puts it back when its file turns out to have been used since.
+
+Whatever is wrong with directory or index, blobs are served: what cannot be
+cached is kept beside the cache for a while, by this process for itself.
 """
 
 from collections.abc import Callable
@@ -16,27 +20,40 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
-import itertools
+import errno
 import logging
 import os
-import re
 import time
 
 from ZODB.blob import rename_or_copy_blob
 from zope.interface import implementer
 
+from .cachechange import Change
+from .cachefiles import CacheFiles
+from .cachefiles import name_of
 from .cacheindex import CacheIndex
-from .cacheindex import IndexRows
+from .cacheindex import IndexBusy
+from .cachesurvey import Survey
+from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import IS3BlobCache
+from .overflow import Overflow
 from .singleflight import SingleFlight
+from .tempdirs import remove_dead
+from .tempdirs import TempDirectory
 
 
 logger = logging.getLogger(__name__)
 
 GiB = 1 << 30
 
-_SHARD = re.compile(r"[0-9a-f]{3}")
-_FILE = re.compile(r"([0-9a-f]{16}\.[0-9a-f]{16})\.blob")
+# Seconds for which an eviction of many files lets others have the lock after each batch.
+PAUSE = 0.002
+# Seconds for which the index is left alone when somebody has held it for too long, and between two
+# lines of the log about the same trouble.
+REST = 30.0
+# What the system says of a full disk; what is then evicted at least, in bytes, and how often.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SHED_BYTES, SHED_ATTEMPTS = 64 << 20, 3
 
 
 @implementer(IS3BlobCache)
@@ -46,6 +63,7 @@ class S3BlobCache:
     :param str cache_dir: made when missing, private to the user.
     :param int max_size: bytes.
     :param clock: returns the time in seconds since the epoch.
+    :raises OSError: when the directory is not there and cannot be made.
     """
 
     def __init__(
@@ -53,121 +71,211 @@ class S3BlobCache:
     ) -> None:
         self.cache_dir = os.path.abspath(cache_dir)
         self.max_size = max_size
-        self.temp_dir = os.path.join(self.cache_dir, "tmp")
         # The mode counts for the last directory only.
-        for directory in (self.cache_dir, self.temp_dir):
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+        os.makedirs(self.cache_dir, mode=0o700, exist_ok=True)
+        self._temporaries = TempDirectory(os.path.join(self.cache_dir, "process"))
+        self.temp_dir = os.path.join(self.cache_dir, "tmp")
+        try:
+            os.makedirs(self.temp_dir, mode=0o700, exist_ok=True)
+        except OSError:
+            self.temp_dir = self._temporaries.path  # which is elsewhere then
         self._clock = clock
-        self._trust_files = True
-        self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"), self._rebuild)
+        self._files = CacheFiles(self.cache_dir)
+        self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"))
+        self._survey = Survey(self._files, self._index)
         self._single_flight = SingleFlight(os.path.join(self.cache_dir, "lock"))
-        self._counter = itertools.count()
-        self._check_after_boot()
-        self.notify_loaded(0)
+        self._overflow = Overflow()
+        # Made when it is needed
+        self._elsewhere: TempDirectory | None = None
+        # Times of the monotonic clock
+        self._rests_until = self._silent_until = self._catches_up_at = 0.0
+        self._is_sure = False
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        self._catches_up_at = time.monotonic() + REST
+        try:
+            self._survey.run()
+            self._make_room()
+            self._remove_dead()
+        except OSError as error:
+            # A site whose cache fails is slow; one that does not start is no site.
+            self._complain(error)
+        self._is_sure = self._survey.is_sure
 
     def close(self) -> None:
         self._index.close()
         self._single_flight.close()
+        self._overflow.clear()
 
     # Reading
 
     def path(self, oid: bytes, tid: bytes) -> str:
         """Return where the file of this revision is, or would be."""
-        name = oid.hex()
-        return f"{self.cache_dir}/{name[-3:]}/{name}.{tid.hex()}.blob"
+        return self._files.path(name_of(oid, tid))
 
     def get(self, oid: bytes, tid: bytes) -> str | None:
         """Return the path of a cached file and mark it as used, else None."""
         name = oid.hex()
         path = f"{self.cache_dir}/{name[-3:]}/{name}.{tid.hex()}.blob"
+        if not self._is_sure:
+            return self._overflow.get(name_of(oid, tid))
         try:
             os.utime(path)
-        except PermissionError:
-            pass  # another user's file is a hit all the same
+        except FileNotFoundError:
+            return self._overflow.get(name_of(oid, tid))
         except OSError:
-            return path if os.path.exists(path) else None
+            # Another user's file is a hit all the same, and so is one on a read-only disk.
+            return path if os.path.exists(path) else self._overflow.get(name_of(oid, tid))
         return path
+
+    def fill(self, oid: bytes, tid: bytes, fetch: Callable[[str], None]) -> str:
+        """Return the path of a file that is fetched unless another process has just done so.
+
+        :param fetch: writes the file to a path where nothing is.
+        :raises OSError: when no file can be written anywhere.
+        """
+        if not self._is_sure and time.monotonic() > self._catches_up_at:
+            self._catch_up()
+        with self.filling(oid, tid):
+            path = self.get(oid, tid)
+            if path is not None:
+                return path
+            self._overflow.expire()
+            for attempt in range(1, EVICTION_ATTEMPTS + 1):
+                try:
+                    return self.put(oid, tid, self._fetch(fetch))
+                except FileNotFoundError:  # somebody is removing the directory
+                    if attempt == EVICTION_ATTEMPTS:
+                        raise
+            raise AssertionError("unreachable")
+
+    @contextmanager
+    def filling(self, oid: bytes, tid: bytes) -> Iterator[None]:
+        """Let one process of this host at a time fill this file; threads are the caller's care."""
+        with self._single_flight.alone(name_of(oid, tid)):
+            yield
+
+    def _fetch(self, fetch: Callable[[str], None]) -> str:
+        for _attempt in range(SHED_ATTEMPTS):
+            begun: list[int] = []
+            try:
+                return _fetched(fetch, self.temporary_file(), begun)
+            except OSError as error:
+                self._complain(error)
+                needed = max(SHED_BYTES, 2 * sum(begun))
+                if error.errno not in FULL or not self._shed(needed):
+                    break
+        if self._elsewhere is None:
+            self._elsewhere = TempDirectory()
+        return _fetched(fetch, self._elsewhere.file(), [])
+
+    def _shed(self, byte_count: int) -> bool:
+        """Evict although the budget allows more; return whether any file went."""
+        freed = 0
+        while freed < byte_count:
+            change = None
+            try:
+                with self._changing() as change:
+                    change.free(byte_count - freed)
+            except OSError as error:
+                # On a full disk the index may refuse, too, though the files are gone by then.
+                self._complain(error)
+            if change is None or not change.freed:
+                break
+            freed += change.freed
+        return freed > 0
 
     # Writing
 
     def temporary_file(self) -> str:
         """Return a path in the cache's file system that nobody else uses; nothing is there yet."""
-        unique = f"{os.getpid()}-{next(self._counter)}-{os.urandom(8).hex()}"
-        return os.path.join(self.temp_dir, f"blob-{unique}.tmp")
+        return self._temporaries.file()
 
     def reserve(self, entries: Iterable[tuple[bytes, bytes, int]]) -> None:
         """Make room for (oid, tid, size) files that are about to be put.
 
-        While the tid is not known, any 8 bytes that nobody else uses stand for it.
+        While the tid is not known, any 8 bytes that nobody else uses stand for it. What is larger
+        than the whole budget gets no room.
         """
-        with self._index.writing() as rows:
-            for oid, tid, size in entries:
-                self._reserve(rows, _name(oid, tid), size)
+        self._reserve([(name_of(oid, tid), size) for oid, tid, size in entries])
+
+    def _reserve(self, wanted: list[tuple[str, int]]) -> None:
+        wanted = [(name, size) for name, size in reversed(wanted) if size <= self.max_size]
+        while wanted:
+            with self._changing() as change:
+                while wanted and change.reserve(*wanted[-1]):
+                    wanted.pop()
+            if wanted:
+                time.sleep(PAUSE)
 
     def release(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Give back the room of files that will not be put, named as it was reserved."""
-        with self._index.writing() as rows:
+        with self._changing() as change:
             for oid, tid in entries:
                 if not os.path.exists(self.path(oid, tid)):
-                    rows.remove(_name(oid, tid))
+                    change.rows.remove(name_of(oid, tid))
 
     def put(self, oid: bytes, tid: bytes, source_path: str) -> str:
-        """Move a complete file into the cache and return its path there."""
-        source_path = self._bring_near(source_path)
+        """Move a complete file into the cache and return its path there.
+
+        Where that cannot be done, or the file is larger than the budget, it is kept beside the
+        cache for a while, and its path is another one.
+
+        :raises FileNotFoundError: when there is no such file.
+        """
+        name, near = name_of(oid, tid), source_path
         size = os.path.getsize(source_path)
-        while True:
-            # The row is committed before the file comes, lest a crash in between leave a
-            # file without a row; in that moment others may evict the row.
-            self.reserve([(oid, tid, size)])
-            with self._index.writing() as rows:
-                if _name(oid, tid) in rows:
-                    return self._place(oid, tid, source_path)
+        try:
+            near = self._bring_near(source_path)
+            while size <= self.max_size:
+                # The row is committed before the file comes, lest a crash in between leave a
+                # file without a row; in that moment others may evict the row.
+                self._reserve([(name, size)])
+                with self._changing() as change:
+                    if name in change.rows:
+                        return change.place(near, name)
+        except OSError as error:
+            self._complain(error)
+            if not os.path.exists(near) and os.path.exists(path := self._files.path(name)):
+                return path  # moved before the error
+        return self._overflow.keep(name, near)
 
     def put_many(self, entries: Sequence[tuple[bytes, bytes, str, bytes]]) -> None:
         """Move files in whose room is reserved; those that lost it are deleted instead.
 
         :param entries: (oid, tid, source_path, what stood for the tid in `reserve`).
         """
-        near = [(oid, tid, self._bring_near(path), name) for oid, tid, path, name in entries]
+        near = [(oid, tid, self._bring_near(path), what) for oid, tid, path, what in entries]
         lost: set[str] = set()
-        if any(name != tid for _oid, tid, _path, name in near):
+        if any(reserved != tid for _oid, tid, _path, reserved in near):
             # Committed before the files come, lest a crash leave one without a row.
-            with self._index.writing() as rows:
-                for oid, tid, _path, name in near:
-                    if _name(oid, name) not in rows:
-                        lost.add(_name(oid, tid))
-                    elif name != tid:
-                        rows.rename(_name(oid, name), _name(oid, tid))
-        with self._index.writing() as rows:
+            with self._changing() as change:
+                for oid, tid, _path, reserved in near:
+                    if name_of(oid, reserved) not in change.rows:
+                        lost.add(name_of(oid, tid))
+                    elif reserved != tid:
+                        change.rows.rename(name_of(oid, reserved), name_of(oid, tid))
+        with self._changing() as change:
             for oid, tid, path, _reserved in near:
-                if _name(oid, tid) in rows and _name(oid, tid) not in lost:
-                    self._place(oid, tid, path)
+                name = name_of(oid, tid)
+                if name in change.rows and name not in lost:
+                    change.place(path, name)
                 else:
                     os.remove(path)
 
     def discard(self, oid: bytes, tid: bytes) -> None:
-        """Remove a file, and its directory with the last one."""
-        path = self.path(oid, tid)
-        if not os.path.exists(path):
-            return
-        with self._index.writing() as rows:
-            _remove(path)
-            rows.remove(_name(oid, tid))
-            try:
-                os.rmdir(os.path.dirname(path))
-            except OSError:
-                pass  # not empty
-
-    @contextmanager
-    def filling(self, oid: bytes, tid: bytes) -> Iterator[None]:
-        """Let one process of this host at a time fill this file; threads are the caller's care."""
-        with self._single_flight.alone(_name(oid, tid)):
-            yield
+        """Remove a file, and its directory with the last one; if that fails, it grows old here."""
+        try:
+            if os.path.exists(self.path(oid, tid)):
+                with self._changing() as change:
+                    change.remove(name_of(oid, tid))
+        except OSError as error:
+            self._complain(error)
 
     def notify_loaded(self, byte_count: int) -> None:
         """Evict what exceeds the budget, as after the budget was lowered."""
-        with self._index.writing() as rows:
-            self._make_room(rows, 0)
+        self._make_room()
 
     def wait_for_cleanup(self) -> None:
         """Return at once: eviction happens before a file comes, not after."""
@@ -176,152 +284,101 @@ class S3BlobCache:
 
     def current_size(self) -> int:
         """Return the sum of the sizes of the files, in bytes."""
+        self._survey.complete()
         with self._index.writing() as rows:
-            return rows.total()
+            return rows.total
 
     def check(self, fix: bool = False) -> list[str]:
         """Compare the index with the files; return one sentence for each difference.
 
+        Files come and go meanwhile: a range of directories is compared at a time.
+
         :param bool fix: remove files whose size is not what the index says, drop rows without a
             file, and take files without a row into the index.
         """
-        return self._compare(fix, trust_unknown=True)
-
-    def _compare(self, fix: bool, trust_unknown: bool) -> list[str]:
-        findings = []
-        with self._index.writing() as rows:
-            files = {name: (size, used) for name, size, used in self._scan()}
-            known = dict(rows)
-            for name in sorted(known.keys() - files.keys()):
-                findings.append(f"{name} is in the index, its file is missing")
-                if fix:
-                    rows.remove(name)
-            for name, (size, used) in sorted(files.items()):
-                if name not in known:
-                    findings.append(f"{name} is not in the index")
-                elif known[name] != size:
-                    findings.append(f"{name} has {size} bytes, the index says {known[name]}")
-                else:
-                    continue
-                if fix and name not in known and trust_unknown:
-                    rows.put(name, size, used)
-                elif fix:
-                    _remove(self._path_of(name))
-                    rows.remove(name)
-            if sum(size for size, used in files.values()) > self.max_size and len(files) > 1:
-                findings.append(f"the files exceed the budget of {self.max_size} bytes")
-            if fix:
-                self._make_room(rows, 0)
-                self._remove_old_temporaries()
+        self._survey.complete()
+        findings = self._survey.check(fix, self.max_size)
+        if fix:
+            self._make_room()
+            self._remove_dead()
         return findings
 
-    def _check_after_boot(self) -> None:
-        """Drop files that a power failure left short: nothing here is written with fsync."""
+    # Changing
+
+    @contextmanager
+    def _changing(self) -> Iterator[Change]:
+        """Hold the lock of the directory.
+
+        :raises OSError: when that is not possible now, or some files are not known yet.
+        """
+        if time.monotonic() < self._rests_until:
+            raise IndexBusy("the index of the blob cache is left alone for a while")
+        change = None
         try:
-            with open("/proc/sys/kernel/random/boot_id") as file:
-                boot = file.read().strip()
-        except OSError:
-            return  # not Linux
-        marker = os.path.join(self.cache_dir, "boot")
-        try:
-            with open(marker) as file:
-                last = file.read().strip()
-        except FileNotFoundError:
-            last = ""
-        if last == boot:
-            return
-        # An index that the failure damaged, too, would be made anew from files that are short.
-        self._trust_files = False
-        if findings := self._compare(fix=True, trust_unknown=False):
-            logger.warning("cache mended after boot findings=%d", len(findings))
-        self._trust_files = True
-        with open(marker, "w") as file:
-            file.write(boot)
+            with self._index.writing() as rows:
+                if self._survey.some(rows):
+                    change = Change(
+                        self._files, rows, self.max_size, self._clock(), self.temporary_file
+                    )
+                    yield change
+                    change.end()
+        except IndexBusy:
+            self._rests_until = time.monotonic() + REST
+            raise
+        finally:
+            if change is not None:
+                change.clean_up()
+        if change is None:
+            raise OSError("the index of the blob cache is being made anew")
 
-    def _remove_old_temporaries(self) -> None:
-        """Remove what killed processes left: no upload takes a week."""
-        for entry in os.scandir(self.temp_dir):
-            # The time of the last rename: a file that was consumed may be old itself.
-            if entry.is_file() and self._clock() - entry.stat().st_ctime > 7 * 86400:
-                _remove(entry.path)
+    def _make_room(self) -> None:
+        while True:
+            with self._changing() as change:
+                if change.free(change.rows.total - self.max_size):
+                    return
+            time.sleep(PAUSE)
 
-    # With the write lock of the index
+    def _remove_dead(self) -> None:
+        for directory in ("process", "tmp"):
+            remove_dead(os.path.join(self.cache_dir, directory))
 
-    def _reserve(self, rows: IndexRows, name: str, size: int) -> None:
-        rows.remove(name)
-        self._make_room(rows, size)
-        rows.put(name, size, self._clock())
-        try:
-            os.mkdir(os.path.dirname(self._path_of(name)), mode=0o700)
-        except FileExistsError:
-            pass
-
-    def _make_room(self, rows: IndexRows, size: int) -> None:
-        begun = self._clock()
-        while (total := rows.total()) and total + size > self.max_size:
-            oldest = rows.oldest()
-            if oldest is None:
-                return
-            name, largest, used = oldest
-            if size == 0 and largest == total:
-                return  # one blob larger than the cache stays until others come
-            path = self._path_of(name)
-            # A file that was used since goes behind, once: used >= begun says we saw it already.
-            if used < begun and (last := _last_use(path)) > used:
-                rows.mark(name, last)
-                continue
-            _remove(path)
-            rows.remove(name)
-
-    def _place(self, oid: bytes, tid: bytes, source_path: str) -> str:
-        path = self.path(oid, tid)
-        try:
-            os.replace(source_path, path)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            os.replace(source_path, path)
-        return path
-
-    # Files
-
-    def _path_of(self, name: str) -> str:
-        return f"{self.cache_dir}/{name[13:16]}/{name}.blob"
+    def _complain(self, error: OSError) -> None:
+        if time.monotonic() > self._silent_until:
+            self._silent_until = time.monotonic() + REST
+            logger.warning("cache cannot be used, blobs are served all the same: %s", error)
 
     def _bring_near(self, source_path: str) -> str:
         """Return a path in the cache's file system with the bytes, not writable."""
         directory = os.path.dirname(os.path.abspath(source_path))
-        if os.stat(directory).st_dev != os.stat(self.temp_dir).st_dev:
+        if os.stat(directory).st_dev != os.stat(self.cache_dir).st_dev:
             near = self.temporary_file()
-            rename_or_copy_blob(source_path, near, chmod=False)
+            try:
+                rename_or_copy_blob(source_path, near, chmod=False)
+            except BaseException:
+                # Half a file; the caller has the whole one.
+                _removed_size(near)
+                raise
             source_path = near
         os.chmod(source_path, 0o400)
         return source_path
 
-    def _rebuild(self) -> Iterable[tuple[str, int, float]]:
-        return self._scan() if self._trust_files else ()
 
-    def _scan(self) -> Iterator[tuple[str, int, float]]:
-        for shard in os.scandir(self.cache_dir):
-            if _SHARD.fullmatch(shard.name):
-                for entry in os.scandir(shard.path):
-                    if match := _FILE.fullmatch(entry.name):
-                        status = entry.stat()
-                        yield match.group(1), status.st_size, status.st_mtime
-
-
-def _name(oid: bytes, tid: bytes) -> str:
-    return f"{oid.hex()}.{tid.hex()}"
-
-
-def _last_use(path: str) -> float:
+def _fetched(fetch: Callable[[str], None], path: str, begun: list[int]) -> str:
+    """Return the path when the file is there; else nothing remains, and begun has its size."""
     try:
-        return os.stat(path).st_mtime
-    except FileNotFoundError:
-        return 0.0
+        fetch(path)
+    except BaseException:
+        # Whatever it was, half a file is of no use.
+        begun.append(_removed_size(path))
+        raise
+    return path
 
 
-def _remove(path: str) -> None:
+def _removed_size(path: str) -> int:
+    """Remove a file and return how many bytes it had; 0 when it is missing."""
     try:
+        size = os.path.getsize(path)
         os.remove(path)
     except FileNotFoundError:
-        pass
+        return 0
+    return size

@@ -98,7 +98,7 @@ class TransactionBlobs:
 
         :raises OSError: when it can be neither renamed nor copied.
         """
-        path = os.path.join(self._services.temp_dir, f"staged-{os.urandom(16).hex()}.tmp")
+        path = self._services.temporary_file()
         try:
             rename_or_copy_blob(blobfilename, path, chmod=False)
         except BaseException:

@@ -131,9 +131,10 @@ class IS3BlobCache(Interface):
     """Committed blob files on local disk, up to a byte budget.
 
     Threads and processes of a host share one directory. The sum of the sizes
-    of the files stays at or below ``max_size`` at every moment; a blob larger
-    than that is kept alone. Any file may vanish at any time (open files stay
-    readable), so whoever opens a path must be ready to ask again.
+    of the files stays at or below ``max_size`` at every moment. Any file may vanish
+    at any time (open files stay readable), so whoever opens a path must be ready to
+    ask again. What cannot be cached, now or at all, is kept beside for a while: then
+    its path is another.
     """
 
     max_size = Attribute("Byte budget of committed files.")
@@ -156,10 +157,17 @@ class IS3BlobCache(Interface):
         """Give back the room of files, a sequence of ``(oid, name)``, that will not be put."""
 
     def put(oid, tid, source_path):
-        """Move a complete file into the cache.
+        """Move a complete file into the cache, or keep it beside.
 
-        :returns: the path in the cache.
-        :raises OSError: when the file system refuses; source_path may be gone.
+        :returns: the file's new path.
+        :raises FileNotFoundError: when there is no such file.
+        """
+
+    def fill(oid, tid, fetch):
+        """Return the path of a file, fetched if it is not cached; one process at a time does so.
+
+        :param fetch: called with a path where nothing is, writes the file there.
+        :raises OSError: when it can be written nowhere.
         """
 
     def put_many(entries):

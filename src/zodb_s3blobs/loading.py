@@ -63,21 +63,12 @@ class BlobLoader:
         return mine.result()
 
     def _fill(self, oid: bytes, serial: bytes, find_reference: FindReference) -> str:
-        cache = self._cache
-        # Not under the lock: the base may be slow.
+        # Before the cache has its lock: the base may be slow.
         stamp = find_reference(oid, serial)
-        with cache.filling(oid, serial):
-            path: str | None = cache.get(oid, serial)
-            if path is not None:
-                return path
-            temporary = cache.temporary_file()
-            try:
-                self._fetch(oid, serial, stamp, temporary)
-                filled: str = cache.put(oid, serial, temporary)
-                return filled
-            finally:
-                if os.path.exists(temporary):
-                    os.remove(temporary)
+        filled: str = self._cache.fill(
+            oid, serial, lambda path: self._fetch(oid, serial, stamp, path)
+        )
+        return filled
 
     def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None, target_path: str) -> None:
         # A database that has moved between bases keeps under the tid what its records refer to.

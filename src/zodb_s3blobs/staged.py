@@ -65,6 +65,7 @@ class StagedBlob:
 class BlobServices:
     """What transactions share: where staged files go, how they are uploaded, who may delete.
 
+    :param temporary_file: returns a path for a staged file, which nobody else uses.
     :param float grace: seconds that an object without a reference is left alone by sweeps.
     """
 
@@ -75,7 +76,7 @@ class BlobServices:
         loader: Any,
         pool: UploadPool,
         open_keys: OpenKeys,
-        temp_dir: str,
+        temporary_file: Callable[[], str],
         grace: float,
         clocks: Callable[[], tuple[float, float]] = clocks,
     ) -> None:
@@ -84,9 +85,14 @@ class BlobServices:
         self.loader = loader
         self.pool = pool
         self.open_keys = open_keys
-        self.temp_dir = temp_dir
+        self.temporary_file = temporary_file
         self.grace = grace
         self.clocks = clocks
+
+
+def new_path(directory: str) -> str:
+    """Return a path in a directory that no other transaction shares."""
+    return os.path.join(directory, f"staged-{os.urandom(16).hex()}.tmp")
 
 
 def remove_quietly(path: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 import logging
 import os
 from typing import Any
@@ -42,6 +43,7 @@ from .openkeys import OpenKeys
 from .rewriting import RewriteReport
 from .rewriting import TidRewriter
 from .staged import BlobServices
+from .staged import new_path
 from .staged import remove_quietly
 from .translation import Translator
 from .undoing import LateUndo
@@ -99,7 +101,11 @@ class S3BlobStorage:
         addressing: str = "auto",
         gc_grace: float = 86400.0,
     ) -> None:
-        temp_dir = os.path.abspath(temp_dir or cache.temp_dir)
+        if temp_dir is None:
+            temp_dir, temporary_file = cache.temp_dir, cache.temporary_file
+        else:
+            temp_dir = os.path.abspath(temp_dir)
+            temporary_file = partial(new_path, temp_dir)
         base = base_of(base_storage, addressing, temp_dir)
         blobpatch.install()
         os.makedirs(temp_dir, mode=0o700, exist_ok=True)
@@ -108,7 +114,8 @@ class S3BlobStorage:
         pool = pool or UploadPool()
         # Only the sweep of another process does not know what is in flight here.
         grace = gc_grace if base.shared else 0.0
-        services = BlobServices(s3_client, cache, loader, pool, open_keys, temp_dir, grace)
+        services = BlobServices(s3_client, cache, loader, pool, open_keys, temporary_file, grace)
+        self.fshelper = FileNames(cache, temp_dir)
         closeables = pool, *sources, cache, s3_client
         self.__pass_through(base, services, closeables)
         self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__records.read, gc_grace)
@@ -126,7 +133,6 @@ class S3BlobStorage:
         self.__closeables = closeables
         self.__db: Any = None
         self.__records = Translator()
-        self.fshelper = FileNames(services.cache, services.temp_dir)
         #: until close()
         self.is_open = True
         restoreable = IStorageRestoreable.providedBy(base_storage)
@@ -178,6 +184,7 @@ class S3BlobStorage:
     def __around(self, instance: Any) -> S3BlobStorage:
         other = type(self).__new__(type(self))
         other.__pass_through(self.__kind.of(instance), self.__services)
+        other.fshelper = self.fshelper
         other.__sweeper = self.__sweeper
         other.__records = copy(self.__records)
         return other
@@ -388,7 +395,10 @@ class S3BlobStorage:
 
     def temporaryDirectory(self) -> str:
         """Return the directory for uncommitted files; it outlives close()."""
-        return self.fshelper.temp_dir
+        temp_dir: str = self.fshelper.temp_dir
+        # Who empties a cache by hand takes it away, too.
+        os.makedirs(temp_dir, mode=0o700, exist_ok=True)
+        return temp_dir
 
     # Maintenance
 

@@ -1,0 +1,162 @@
+"""What happens to the files of a cache while its lock is held: reserve, evict, place, remove."""
+
+from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import closing
+import heapq
+import itertools
+import logging
+import os
+
+from .cachefiles import CacheFiles
+from .cachefiles import directory_of
+from .cacheindex import IndexRows
+
+
+logger = logging.getLogger(__name__)
+
+# Files that are looked at before other processes have their turn.
+BATCH = 64
+# To remove more bytes takes so long that the file is renamed now and removed later.
+LARGE = 8 << 20
+
+
+class Change:
+    """Rows and files that change together, for whoever holds the lock.
+
+    :param int max_size: budget in bytes.
+    :param float now: seconds since the epoch.
+    :param temporary_file: returns a path that nobody else uses.
+    """
+
+    def __init__(
+        self,
+        files: CacheFiles,
+        rows: IndexRows,
+        max_size: int,
+        now: float,
+        temporary_file: Callable[[], str],
+    ) -> None:
+        self.rows = rows
+        #: what was evicted, in bytes
+        self.freed = 0
+        self._files = files
+        self._max_size = max_size
+        self._now = now
+        self._temporary_file = temporary_file
+        self._asides: list[str] = []
+        self._changed: set[str] = set()
+
+    def reserve(self, name: str, size: int) -> bool:
+        """Put the row of a file that is to come; False when others must first be evicted.
+
+        A call evicts no more than a batch, so that it may take several, with the lock let go of
+        in between.
+
+        :param int size: bytes, not more than the budget.
+        """
+        if not self._fits(name, size):
+            self.free(self.rows.total - (self.rows.size(name) or 0) + size - self._max_size)
+            if not self._fits(name, size):
+                return False
+        self.rows.put(name, size, self._now)
+        return True
+
+    def _fits(self, name: str, size: int) -> bool:
+        # In the place of the row of that name, which eviction may take, too.
+        return self.rows.total - (self.rows.size(name) or 0) + size <= self._max_size
+
+    def place(self, source_path: str, name: str) -> str:
+        """Move in a file whose row stands, and return its path."""
+        path = self._files.place(source_path, name)
+        self._changed.add(directory_of(name))
+        return path
+
+    def remove(self, name: str) -> None:
+        """Remove file and row, and the directory with its last file."""
+        self._files.remove(name)
+        self.rows.remove(name)
+        self._files.remove_directory(directory_of(name))
+        self._changed.add(directory_of(name))
+
+    def end(self) -> None:
+        """Remember what the directories look like now: one that looks otherwise later is read."""
+        self.rows.note({name: self._files.modified(name) for name in self._changed})
+
+    def clean_up(self) -> None:
+        """Remove what was set aside, after the lock was given back."""
+        while self._asides:
+            try:
+                os.remove(self._asides.pop())
+            except OSError:
+                # It goes with this process's temporary files.
+                logger.warning("evicted file stays", exc_info=True)
+
+    # Eviction
+
+    def free(self, byte_count: int) -> bool:
+        """Evict a batch, or less when that frees as much; return whether it did.
+
+        :raises OSError: when no file can be removed.
+        """
+        if byte_count <= 0:
+            return True
+        evicted: list[tuple[str, int]] = []
+        refused: list[str] = []
+        # A heap of time of last use, name and size
+        used_since: list[tuple[float, str, int]] = []
+        missing = byte_count
+        with closing(self._least_recently_used(used_since)) as candidates:
+            while missing > 0 and (candidate := next(candidates, None)):
+                try:
+                    self._evict(*candidate)
+                except OSError as error:
+                    # Another user's. It goes behind, lest it keep all others from being evicted.
+                    logger.warning("cached file cannot be removed: %s", error)
+                    refused.append(candidate[0])
+                else:
+                    evicted.append(candidate)
+                    missing -= candidate[1]
+        if refused and not evicted:
+            raise PermissionError(f"no file can be removed from {self._files.cache_dir}")
+        self.rows.remove_known(evicted)
+        self.rows.mark([(name, last) for last, name, _size in used_since])
+        self.rows.mark([(name, self._now) for name in refused])
+        self.freed += byte_count - missing
+        if not evicted and not used_since:
+            self.rows.total = self.rows.sum()  # nothing is left, whatever was counted
+        return missing <= 0
+
+    def _least_recently_used(
+        self, used_since: list[tuple[float, str, int]]
+    ) -> Generator[tuple[str, int], None, None]:
+        """Yield name and size of files in the order of their last use.
+
+        The rows are in the order of the last use that is known. A file that was used since joins
+        the heap, and its turn comes when all rows that are not older had theirs.
+        """
+        count = 0
+        with closing(self.rows.by_use()) as rows:
+            for name, size, used in itertools.islice(rows, BATCH):
+                count += 1
+                while used_since and used_since[0][0] <= used:
+                    yield heapq.heappop(used_since)[1:]
+                last = self._files.last_use(name)
+                if last > used:
+                    heapq.heappush(used_since, (last, name, size))
+                else:
+                    yield name, size
+            while count < BATCH and used_since:
+                yield heapq.heappop(used_since)[1:]
+
+    def _evict(self, name: str, size: int) -> None:
+        self._changed.add(directory_of(name))
+        if size >= LARGE:
+            try:
+                aside = self._temporary_file()
+                os.rename(self._files.path(name), aside)
+                self._asides.append(aside)
+                return
+            except OSError:
+                pass  # then at once
+        self._files.remove(name)
