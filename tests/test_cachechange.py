@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from zodb_s3blobs import cache as cache_module
 from zodb_s3blobs import cachechange
 
 from .test_cache import assert_sound
@@ -144,3 +145,24 @@ def test_room_for_a_file_that_grows_is_what_it_grows_by(open_cache):
     assert held(cache) == [1, 2]
     cache.reserve([(oid(1), TID, 100)])
     assert cache.current_size() == 100
+
+
+def test_room_is_found_soon_though_all_files_are_in_use(open_cache, monkeypatch):
+    """Nobody waits until a million files were looked at: of those that were, the oldest goes."""
+    monkeypatch.setattr(cachechange, "BATCH", 2)
+    monkeypatch.setattr(cachechange, "LARGE_BATCH", 20)
+    clock = Clock()
+    cache = open_cache(1000, clock=clock)
+    for number in range(100):
+        clock.time += 1
+        fill(cache, number)
+    for number in range(100):
+        os.utime(cache.path(oid(number), TID), (3000 - number, 3000 - number))
+    pauses = []
+    monkeypatch.setattr(cache_module.time, "sleep", pauses.append)
+    fill(cache, 200)
+    assert len(pauses) <= 10
+    assert len(held(cache)) == 100
+    (gone,) = set(range(100)) - set(held(cache))
+    assert 30 < gone < 40
+    assert_sound(cache)

@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 GiB = 1 << 30
 
-# Seconds for which an eviction of many files lets others have the lock after each batch.
-PAUSE = 0.002
+# Seconds for which an eviction of many files lets others have the lock after each batch, and after
+# how many batches that freed nothing it takes a large one.
+PAUSE, IN_VAIN = 0.002, 8
 # Seconds for which the index is left alone when somebody has held it for too long, and between two
 # lines of the log about the same trouble.
 REST = 30.0
@@ -177,7 +178,7 @@ class S3BlobCache:
             change = None
             try:
                 with self._changing() as change:
-                    change.free(byte_count - freed)
+                    change.free(byte_count - freed, in_vain=True)
             except OSError as error:
                 # On a full disk the index may refuse, too, though the files are gone by then.
                 self._complain(error)
@@ -202,12 +203,13 @@ class S3BlobCache:
 
     def _reserve(self, wanted: list[tuple[str, int]]) -> None:
         wanted = [(name, size) for name, size in reversed(wanted) if size <= self.max_size]
-        while wanted:
-            with self._changing() as change:
-                while wanted and change.reserve(*wanted[-1]):
-                    wanted.pop()
-            if wanted:
-                time.sleep(PAUSE)
+
+        def reserve(change: Change, in_vain: bool) -> bool:
+            while wanted and change.reserve(*wanted[-1], in_vain):
+                wanted.pop()
+            return not wanted
+
+        self._until_done(reserve)
 
     def release(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Give back the room of files that will not be put, named as it was reserved."""
@@ -332,10 +334,18 @@ class S3BlobCache:
             raise OSError("the index of the blob cache is being made anew")
 
     def _make_room(self) -> None:
+        self._until_done(
+            lambda change, in_vain: change.free(change.rows.total - self.max_size, in_vain)
+        )
+
+    def _until_done(self, step: Callable[[Change, bool], bool]) -> None:
+        """Repeat what takes several batches; step is told when the last ones were in vain."""
+        in_vain = 0
         while True:
             with self._changing() as change:
-                if change.free(change.rows.total - self.max_size):
+                if step(change, in_vain >= IN_VAIN):
                     return
+            in_vain = 0 if change.freed else in_vain + 1
             time.sleep(PAUSE)
 
     def _remove_dead(self) -> None:

@@ -15,8 +15,8 @@ from .cacheindex import IndexRows
 
 logger = logging.getLogger(__name__)
 
-# Files that are looked at before other processes have their turn.
-BATCH = 64
+# Files that are looked at before other processes have their turn, and when that was in vain.
+BATCH, LARGE_BATCH = 64, 2000
 # To remove more bytes takes so long that the file is renamed now and removed later.
 LARGE = 8 << 20
 
@@ -47,16 +47,18 @@ class Change:
         self._asides: list[str] = []
         self._changed: set[str] = set()
 
-    def reserve(self, name: str, size: int) -> bool:
+    def reserve(self, name: str, size: int, in_vain: bool = False) -> bool:
         """Put the row of a file that is to come; False when others must first be evicted.
 
         A call evicts no more than a batch, so that it may take several, with the lock let go of
         in between.
 
         :param int size: bytes, not more than the budget.
+        :param bool in_vain: as of `free`.
         """
         if not self._fits(name, size):
-            self.free(self.rows.total - (self.rows.size(name) or 0) + size - self._max_size)
+            excess = self.rows.total - (self.rows.size(name) or 0) + size - self._max_size
+            self.free(excess, in_vain)
             if not self._fits(name, size):
                 return False
         self.rows.put(name, size, self._now)
@@ -94,9 +96,11 @@ class Change:
 
     # Eviction
 
-    def free(self, byte_count: int) -> bool:
+    def free(self, byte_count: int, in_vain: bool = False) -> bool:
         """Evict a batch, or less when that frees as much; return whether it did.
 
+        :param bool in_vain: all files of earlier batches were used since. Whoever waits for room
+            does not look at a million files: the first of a large batch go, whatever comes behind.
         :raises OSError: when no file can be removed.
         """
         if byte_count <= 0:
@@ -106,7 +110,7 @@ class Change:
         # A heap of time of last use, name and size
         used_since: list[tuple[float, str, int]] = []
         missing = byte_count
-        with closing(self._least_recently_used(used_since)) as candidates:
+        with closing(self._least_recently_used(used_since, in_vain)) as candidates:
             while missing > 0 and (candidate := next(candidates, None)):
                 try:
                     self._evict(*candidate)
@@ -128,16 +132,16 @@ class Change:
         return missing <= 0
 
     def _least_recently_used(
-        self, used_since: list[tuple[float, str, int]]
+        self, used_since: list[tuple[float, str, int]], in_vain: bool
     ) -> Generator[tuple[str, int], None, None]:
         """Yield name and size of files in the order of their last use.
 
         The rows are in the order of the last use that is known. A file that was used since joins
         the heap, and its turn comes when all rows that are not older had theirs.
         """
-        count = 0
+        count, limit = 0, LARGE_BATCH if in_vain else BATCH
         with closing(self.rows.by_use()) as rows:
-            for name, size, used in itertools.islice(rows, BATCH):
+            for name, size, used in itertools.islice(rows, limit):
                 count += 1
                 while used_since and used_since[0][0] <= used:
                     yield heapq.heappop(used_since)[1:]
@@ -146,7 +150,7 @@ class Change:
                     heapq.heappush(used_since, (last, name, size))
                 else:
                     yield name, size
-            while count < BATCH and used_since:
+            while used_since and (in_vain or count < limit):
                 yield heapq.heappop(used_since)[1:]
 
     def _evict(self, name: str, size: int) -> None:
