@@ -19,6 +19,7 @@ import sys
 
 from zodb_s3blobs.testing.process import ServiceMissing
 
+from . import caching
 from . import commit
 from . import filestorage
 from . import opening
@@ -37,6 +38,9 @@ BENCHMARKS = {
     "read-threads": reading.threads,
     "read-large": reading.large_blob,
     "read-cached": reading.cached,
+    "evict": caching.eviction,
+    "evict-hits": caching.hits,
+    "one-blob": caching.one_blob,
     "pack": packing.pack,
     "beside": postgresql.small_commits,
     "beside-zeo": zeo.small_commits,

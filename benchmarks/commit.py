@@ -22,6 +22,7 @@ from .common import alternate
 from .common import at_least
 from .common import at_most
 from .common import BIG
+from .common import BLOB_RECORD
 from .common import bytes_written
 from .common import in_new_process
 from .common import KiB
@@ -39,7 +40,6 @@ from .null_s3 import NullS3
 
 
 THREADS = 32
-BLOB_RECORD = b"\x80\x03cZODB.blob\nBlob\nq\x01.\x80\x03N."
 
 
 @contextmanager

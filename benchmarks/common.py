@@ -11,6 +11,9 @@ import tempfile
 import time
 
 import ZODB.config
+from ZODB.Connection import TransactionMetaData
+from ZODB.utils import p64
+from ZODB.utils import z64
 
 from tests.services.location import new_bucket
 from zodb_s3blobs.testing.server import EmbeddedS3
@@ -21,6 +24,8 @@ MiB = 1 << 20
 BIG = 256 * MiB
 # MB/s: what EC2 allows one connection, 5 Gbit/s. Unlimited, loopback is faster than SHA-256.
 LINK = 625
+
+BLOB_RECORD = b"\x80\x03cZODB.blob\nBlob\nq\x01.\x80\x03N."
 
 FILESTORAGE = "<filestorage>\n path {directory}/Data.fs\n</filestorage>"
 MAPPINGSTORAGE = "<mappingstorage>\n</mappingstorage>"
@@ -154,6 +159,16 @@ def storage_text(directory, location, base=FILESTORAGE, cache="cache", **keys):
 def open_storage(directory, location, **options):
     """Open a storage as a site does, from the text of its configuration."""
     return ZODB.config.storageFromString(storage_text(directory, location, **options))
+
+
+def store_records(storage, count, tid):
+    """Store the records of the blobs with oids up to this; without a record there is no blob."""
+    txn = TransactionMetaData()
+    storage.tpc_begin(txn, tid)
+    for number in range(1, count + 1):
+        storage.store(p64(number), z64, BLOB_RECORD, "", txn)
+    storage.tpc_vote(txn)
+    storage.tpc_finish(txn)
 
 
 def random_file(path, size):

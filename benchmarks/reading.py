@@ -32,6 +32,7 @@ from .common import peak_memory
 from .common import random_file
 from .common import rclone
 from .common import revision
+from .common import store_records
 from .common import timed
 from .common import within
 from .common import workspace
@@ -41,6 +42,8 @@ from .null_s3 import NullS3
 SMALL = 64 * KiB
 THREADS = 8
 EACH = 20
+# More than are read in all rounds
+RECORDS = 10_000
 
 
 class Bucket:
@@ -52,6 +55,7 @@ class Bucket:
         self._client = boto3_client(location, max_pool_connections=pool)
         self._numbers = itertools.count(1)
         self._storage = open_storage(directory, location, base=MAPPINGSTORAGE)
+        store_records(self._storage, RECORDS, p64(1))
 
     def reference(self, key=None):
         """Stream an object to a file as plain boto3 does; return the seconds."""
@@ -162,6 +166,7 @@ def _read_large(location, measure):
     with workspace() as directory:
         storage = open_storage(directory, location, base=MAPPINGSTORAGE)
         storage.sweep(dry_run=True)  # the first traffic loads boto3
+        store_records(storage, 1, p64(1))
         before = measure()
         storage.loadBlob(p64(1), p64(1))
         return measure() - before

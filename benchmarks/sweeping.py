@@ -17,7 +17,7 @@ from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.keys import new_stamp
 from zodb_s3blobs.records import with_reference
 
-from .commit import BLOB_RECORD
+from .common import BLOB_RECORD
 from .common import open_storage
 from .common import timed
 from .common import workspace

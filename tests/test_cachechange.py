@@ -84,6 +84,32 @@ def test_file_that_cannot_be_removed_does_not_keep_others(open_cache):
         os.chmod(refusing, 0o700)
 
 
+def test_files_that_cannot_be_removed_beside_files_in_use_do_not_keep_others(
+    open_cache, monkeypatch
+):
+    """A whole batch of neither: the next one gets its turn, now and with the next file."""
+    monkeypatch.setattr(cachechange, "BATCH", 4)
+    clock = Clock()
+    cache = open_cache(200, clock=clock)
+    for number in range(20):
+        clock.time += 1
+        os.utime(fill(cache, number), (clock.time, clock.time))
+    for number in (1, 2, 3):
+        os.utime(cache.path(oid(number), TID), (clock.time, clock.time))
+    refusing = [os.path.dirname(cache.path(oid(number), TID)) for number in (0, 4, 5, 6, 7, 8)]
+    for directory in refusing:
+        os.chmod(directory, 0o500)
+    try:
+        for number in (30, 31, 32):
+            clock.time += 1
+            fill(cache, number)
+        assert held(cache) == [*range(9), *range(12, 20), 30, 31, 32]
+        assert_sound(cache)
+    finally:
+        for directory in refusing:
+            os.chmod(directory, 0o700)
+
+
 def test_blob_is_served_where_no_file_can_be_removed(open_cache):
     """And the bound holds."""
     cache = open_cache(50)

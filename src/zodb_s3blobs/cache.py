@@ -345,6 +345,8 @@ class S3BlobCache:
             with self._changing() as change:
                 if step(change, in_vain >= IN_VAIN):
                     return
+            if in_vain >= IN_VAIN and change.refused and not change.freed:
+                raise PermissionError(f"files cannot be removed from {self.cache_dir}")
             in_vain = 0 if change.freed else in_vain + 1
             time.sleep(PAUSE)
 

@@ -40,6 +40,8 @@ class Change:
         self.rows = rows
         #: what was evicted, in bytes
         self.freed = 0
+        #: how many files could not be removed
+        self.refused = 0
         self._files = files
         self._max_size = max_size
         self._now = now
@@ -101,7 +103,6 @@ class Change:
 
         :param bool in_vain: all files of earlier batches were used since. Whoever waits for room
             does not look at a million files: the first of a large batch go, whatever comes behind.
-        :raises OSError: when no file can be removed.
         """
         if byte_count <= 0:
             return True
@@ -121,13 +122,12 @@ class Change:
                 else:
                     evicted.append(candidate)
                     missing -= candidate[1]
-        if refused and not evicted:
-            raise PermissionError(f"no file can be removed from {self._files.cache_dir}")
         self.rows.remove_known(evicted)
         self.rows.mark([(name, last) for last, name, _size in used_since])
         self.rows.mark([(name, self._now) for name in refused])
         self.freed += byte_count - missing
-        if not evicted and not used_since:
+        self.refused += len(refused)
+        if not evicted and not used_since and not refused:
             self.rows.total = self.rows.sum()  # nothing is left, whatever was counted
         return missing <= 0
 
