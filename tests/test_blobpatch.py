@@ -1,4 +1,4 @@
-"""The patch of Blob.open: a blob is never emptied by an open that failed."""
+"""The patch: no blob is emptied by an open that failed, nor cut by a disk that was nearly full."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 import transaction
 from ZODB.blob import Blob
+from ZODB.blob import BlobFile
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 from ZODB.interfaces import BlobError
@@ -296,6 +297,54 @@ class TestOtherModes:
         """Other modes are stock ZODB's business."""
         with pytest.raises(ValueError, match="invalid mode"):
             site.blob.open("x")
+
+
+SHORT = """
+import resource, sys
+from ZODB.blob import BlobFile
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+if sys.argv[2] == "ours":
+    from zodb_s3blobs.blobpatch import install
+    install()
+file = BlobFile(sys.argv[1], "w", None)
+try:
+    print(file.write(b"x" * 3000))
+except OSError as error:
+    print(type(error).__name__, error.errno)
+"""
+
+
+@pytest.mark.parametrize(("whose", "answer"), [("stock", "1000"), ("ours", "OSError 27")])
+def test_write_that_does_not_fit_is_an_error(tmp_path, whose, answer):
+    """Stock ZODB writes a part and returns its size; here a limit stands for a full disk."""
+    run = [sys.executable, "-c", SHORT, tmp_path / "file", whose]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip() == answer
+
+
+@pytest.mark.parametrize(
+    ("data", "size"), [(b"", 0), (b"bytes", 5), (bytearray(b"array"), 5), (memoryview(b"view"), 4)]
+)
+def test_write_returns_what_it_has_written(tmp_path, data, size):
+    """Of whatever has bytes."""
+    blobpatch.install()
+    with BlobFile(str(tmp_path / "file"), "w", Blob()) as file:
+        assert file.write(data) == size
+        file.writelines([b"line\n", b"line\n"])
+    assert (tmp_path / "file").read_bytes() == bytes(data) + b"line\nline\n"
+
+
+def test_text_is_refused_as_before(tmp_path):
+    """With a TypeError."""
+    blobpatch.install()
+    with BlobFile(str(tmp_path / "file"), "w", Blob()) as file, pytest.raises(TypeError):
+        file.write("text")
+
+
+def test_committed_of_a_new_blob_is_refused_as_before():
+    """There is no committed file yet, and then there are changes."""
+    blobpatch.install()
+    with pytest.raises(BlobError, match="Uncommitted changes"):
+        Blob(b"new").committed()
 
 
 def test_installing_again_changes_nothing():

@@ -1046,38 +1046,6 @@ def test_forked_child_and_parent_share_the_cache(open_cache):
     assert_sound(cache)
 
 
-def test_child_forked_during_a_change_of_another_thread_goes_on(open_cache):
-    """The lock of that thread does not exist in the child."""
-    cache = open_cache(100)
-    inside, may_end = threading.Event(), threading.Event()
-
-    def entries():
-        yield oid(1), TID, 10
-        inside.set()
-        assert may_end.wait(30)
-
-    thread = threading.Thread(target=cache.reserve, args=(entries(),))
-    thread.start()
-    assert inside.wait(10)
-
-    def child():
-        # The parent's change goes on until the child has begun to wait for it.
-        fill(cache, 2)
-        cache.close()
-
-    timer = threading.Timer(1, may_end.set)
-    timer.start()
-    try:
-        in_child(child, seconds=6)
-    finally:
-        may_end.set()
-        thread.join(30)
-        timer.join()
-    assert 2 in held(cache)
-    cache.check(fix=True)
-    assert_sound(cache)
-
-
 def test_child_forked_while_another_thread_fills_can_fill(open_cache):
     """What a thread of the parent holds is let go of by the parent; the child waits no longer."""
     cache = open_cache(100)

@@ -24,7 +24,7 @@ def content(rows):
 
 def oldest(rows):
     """Return the row that was not used for longest, if there is any."""
-    return rows.by_use().fetchone()
+    return next(rows.by_use(), None)
 
 
 def test_rows_are_kept_and_their_total_known(path):
@@ -171,16 +171,11 @@ def test_one_writer_at_a_time(path):
 def test_lock_held_for_too_long_is_an_os_error(path, monkeypatch):
     """A stopped process does not stop the others for ever."""
     monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 0.2)
-    index = CacheIndex(path)
+    index, other = CacheIndex(path), CacheIndex(path)
     with index.writing() as rows:
         rows.put("a", 10, 1.0)
-    holder = sqlite3.connect(path, isolation_level=None)
-    holder.execute("BEGIN IMMEDIATE")
-    other = CacheIndex(path)
-    with pytest.raises(IndexBusy, match="index of the blob cache"), other.writing():
-        pass
-    holder.execute("ROLLBACK")
-    holder.close()
+        with pytest.raises(IndexBusy, match="index of the blob cache"), other.writing():
+            pass
     with other.writing() as rows:
         assert rows.total == 10
     index.close()
@@ -211,19 +206,135 @@ def test_thread_that_holds_the_lock_for_too_long_is_an_os_error(path, monkeypatc
     index.close()
 
 
-def test_index_that_another_process_made_anew_is_not_given_up(path):
-    """Who finds the old one damaged finds a new one under its path, and leaves that alone."""
-    index, other = CacheIndex(path), CacheIndex(path)
+def test_index_that_was_replaced_meanwhile_is_not_given_up(path, tmp_path):
+    """Who finds the old one damaged finds another under its path, and leaves that alone."""
+    index, other = CacheIndex(path), CacheIndex(str(tmp_path / "other" / "index.sqlite"))
     with index.writing() as rows:
         rows.put("a", 10, 1.0)
+    with other.writing() as rows:
+        rows.put("b", 20, 1.0)
+    other.close()
     with pytest.raises(OSError), index.writing():
         for suffix in ("", "-wal", "-shm"):
             os.remove(path + suffix)
-        with other.writing() as rows:
-            rows.put("b", 20, 1.0)
+        os.rename(tmp_path / "other" / "index.sqlite", path)
         raise sqlite3.DatabaseError("damaged")
     with index.writing() as rows:
         assert content(rows) == [("b", 20)]
+    index.close()
+
+
+DAMAGES = {
+    "no state": "DELETE FROM state",
+    "text for a number": "UPDATE state SET bytes = 'many'",
+    "a number for a time": "UPDATE file SET used = 'yesterday'",
+    "bytes for a name": "UPDATE file SET name = x'ff'",
+    "a table less": "DROP TABLE directory",
+    "a column less": "ALTER TABLE file DROP COLUMN placed",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_that_sqlite_does_not_see_is_damage(path, damage):
+    """The index is made anew; the error is an OSError, which all that call are ready for."""
+    index = CacheIndex(path)
+    with index.writing() as rows:
+        rows.add([("abc/1", 10, 1.0)])
+        rows.is_complete = True
+    index.close()
+    connection = sqlite3.connect(path)
+    connection.execute(DAMAGES[damage])
+    connection.commit()
+    connection.close()
+    with pytest.raises(OSError), index.writing() as rows:
+        rows.put("abc/2", 10, 1.0)
+        list(rows.by_use())
+        rows.directories()
+    with index.writing() as rows:
+        assert not rows.is_complete
+    index.close()
+
+
+def test_lock_does_not_depend_on_the_index(path):
+    """One that is removed by hand, alone or with its journal, does not let two in at once."""
+    index, other = CacheIndex(path), CacheIndex(path)
+    for suffixes in ([""], ["", "-wal", "-shm"]):
+        with other.writing() as rows:
+            rows.put("a", 1, 1.0)
+        entered = threading.Event()
+
+        def second(entered=entered):
+            with other.writing():
+                entered.set()
+
+        with index.writing():
+            for suffix in suffixes:
+                os.remove(path + suffix)
+            thread = threading.Thread(target=second)
+            thread.start()
+            assert not entered.wait(0.3)
+        thread.join(20)
+        assert entered.is_set()
+    index.close()
+    other.close()
+
+
+def test_fork_waits_for_the_change_of_another_thread(path):
+    """The lock of that thread does not exist in the child, nor does half of its change."""
+    index = CacheIndex(path)
+    inside, may_end = threading.Event(), threading.Event()
+
+    def change():
+        with index.writing() as rows:
+            rows.put("a", 10, 1.0)
+            inside.set()
+            assert may_end.wait(30)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    assert inside.wait(10)
+
+    def child():
+        with index.writing() as rows:
+            assert rows.total == 10
+        index.close()
+
+    timer = threading.Timer(1, may_end.set)
+    timer.start()
+    try:
+        in_child(child, seconds=6)
+    finally:
+        may_end.set()
+        thread.join(30)
+        timer.join()
+    index.close()
+
+
+def test_fork_does_not_wait_for_another_process(path, monkeypatch):
+    """A thread that waits for the directory holds nothing that a fork needs."""
+    monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 5.0)
+    index, other = CacheIndex(path), CacheIndex(path)
+    waits = threading.Event()
+    errors = []
+
+    def wait():
+        waits.set()
+        try:
+            with index.writing():
+                pass
+        except IndexBusy as error:
+            errors.append(error)
+
+    with other.writing():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert waits.wait(10)
+        # Not a fork: that would wait for this very thread, which holds the other one.
+        index.before_fork()
+        index.after_fork()
+        assert thread.is_alive()
+    thread.join(20)
+    assert errors == []
     index.close()
     other.close()
 
@@ -255,8 +366,9 @@ def test_path_that_cannot_be_opened_is_an_os_error(tmp_path):
 
 
 @pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
-def test_opening_waits_for_a_process_that_is_making_the_index(path, lock):
+def test_opening_waits_for_somebody_who_looks_into_the_index(path, lock):
     """SQLite refuses at once to change the journal of a database that is being written."""
+    CacheIndex(path).verify()
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute(lock)
     timer = threading.Timer(0.3, other.execute, ["COMMIT"])

@@ -15,6 +15,7 @@ from zodb_s3blobs import cachesurvey
 from zodb_s3blobs.cache import S3BlobCache
 
 from .test_cache import assert_sound
+from .test_cache import Clock
 from .test_cache import files
 from .test_cache import fill
 from .test_cache import held
@@ -295,6 +296,7 @@ def test_file_that_may_be_short_is_not_served_while_nobody_can_look(open_cache, 
     os.chmod(path, 0o600)
     os.truncate(path, 3)
     monkeypatch.setattr(cache_module, "REST", 0.0)
+    monkeypatch.setattr(cache_module, "RETRY", 0.0)
     directories = [*Path(cache.cache_dir).glob("*/"), Path(cache.cache_dir)]
     files = [file for file in Path(cache.cache_dir).iterdir() if file.is_file()]
     for entry in (*files, *directories):
@@ -313,3 +315,117 @@ def test_file_that_may_be_short_is_not_served_while_nobody_can_look(open_cache, 
     served = again.fill(oid(1), TID, lambda path: Path(path).write_bytes(b"0123456789"))
     assert served == path == again.get(oid(1), TID)
     assert_sound(again)
+
+
+def test_room_that_is_reserved_is_no_finding_for_an_hour(open_cache):
+    """Whoever opens or checks the cache meanwhile leaves it to the transaction that has it."""
+    clock = Clock()
+    cache = open_cache(100, clock=clock)
+    cache.reserve([(oid(1), TID, 40)])
+    other = open_cache(100, clock=clock)
+    assert other.check(fix=True) == []
+    assert other.current_size() == 40
+    clock.time += 3700
+    assert len(other.check(fix=True)) == 1
+    assert other.current_size() == 0
+
+
+def test_total_that_a_power_failure_has_left_behind_is_counted_anew(open_cache):
+    """SQLite finds no damage in a page that is merely old."""
+    cache = open_cache(100)
+    for number in range(10):
+        fill(cache, number)
+    cache.close()
+    connection = sqlite3.connect(index_path(cache))
+    connection.execute("UPDATE state SET bytes = 20")
+    connection.commit()
+    connection.close()
+    another_boot(cache)
+    assert open_cache(100).current_size() == 100
+
+
+def test_cache_emptied_by_hand_knows_of_the_next_boot(open_cache):
+    """Also where nothing was opened since."""
+    cache = open_cache(100)
+    fill(cache, 1)
+    for entry in Path(cache.cache_dir).iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    path = fill(cache, 2)
+    assert cache.get(oid(2), TID) == path
+    cache.close()
+    another_boot(cache)
+    os.chmod(path, 0o600)
+    os.truncate(path, 3)
+    assert open_cache(100).get(oid(2), TID) is None
+
+
+def test_complete_index_without_a_marker_is_not_trusted(open_cache):
+    """Nobody knows of which boot it is."""
+    cache = open_cache(100)
+    path = fill(cache, 1)
+    cache.close()
+    os.remove(os.path.join(cache.cache_dir, "boot"))
+    os.chmod(path, 0o600)
+    os.truncate(path, 3)
+    assert open_cache(100).get(oid(1), TID) is None
+
+
+def test_file_that_vanishes_while_a_directory_is_read_hides_no_other(open_cache, monkeypatch):
+    """All others get their rows."""
+    cache = open_cache(1000)
+    for number in range(20):
+        fill(cache, number << 12)
+    remove_index(cache)
+    stat, gone = os.stat, []
+
+    def vanishing(path, *args, **options):
+        if str(path).endswith(".blob") and not gone:
+            gone.append(path)
+            os.remove(path)
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", vanishing)
+    again = open_cache(1000)
+    assert len(gone) == 1
+    assert len(held(again)) == 19
+    assert_sound(again)
+
+
+def test_directory_that_cannot_be_read_is_reported_and_left(open_cache):
+    """Its files are not taken for missing: they would come on top of the budget."""
+    cache = open_cache(100)
+    for number in range(10):
+        fill(cache, number)
+    directory = os.path.dirname(cache.path(oid(1), TID))
+    os.chmod(directory, 0o000)
+    try:
+        again = open_cache(100)
+        assert again.current_size() == 100
+        (finding,) = again.check(fix=True)
+        assert "001 cannot be read" in finding
+        assert again.current_size() == 100
+        fill(again, 20)
+        assert held_but(again, 1)
+    finally:
+        os.chmod(directory, 0o700)
+
+
+def held_but(cache, number):
+    """Return the files that are there, without one that cannot be looked at."""
+    return [other for other in held(cache) if other != number]
+
+
+def test_old_directory_that_cannot_be_read_does_not_keep_others(tmp_path):
+    """They are taken over; it is reported in the log."""
+    directory = tmp_path / "cache"
+    for number in (0xA1, 0xB1, 0xC1):
+        path = directory / f"{number:x}" / "3e0f00d.blob"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"0123456789")
+    (directory / "b1").chmod(0o000)
+    try:
+        cache = S3BlobCache(str(directory), 100)
+        assert held(cache) == [0xA1, 0xC1]
+        cache.close()
+    finally:
+        (directory / "b1").chmod(0o700)

@@ -1,4 +1,4 @@
-"""The one patch of this package: Blob.open must not empty a blob, nor Blob.committed fail.
+"""The one patch of this package: an open blob must not lose bytes, nor Blob.committed fail.
 
 In stock ZODB (6.4) ``Blob.open("r+")`` and ``("a")`` create an empty working
 copy and only then open the remembered path of the committed file. When that
@@ -13,15 +13,22 @@ happen again, for "r" as well: after a savepoint ZODB opens the path itself.
 another one where the cache cannot take the file: here the path that is remembered
 follows.
 
+A ``BlobFile`` is a raw file: where the disk is nearly full it writes a part, and says
+so in a result that neither ``Blob(data)`` nor ``Blob.open("r+")`` reads, nor hardly
+anybody; half a blob is committed. A cache makes disks nearly full. Here all is
+written, or an OSError raised.
+
 tests/test_blobpatch.py shows what stock ZODB does and fails when the patch is no
 longer needed.
 """
 
 import functools
+from io import FileIO
 import os
 from typing import Any
 
 from ZODB.blob import Blob
+from ZODB.blob import BlobFile
 from ZODB.blob import SAVEPOINT_SUFFIX
 
 from .interfaces import EVICTION_ATTEMPTS
@@ -32,6 +39,7 @@ def install() -> None:
     if not hasattr(Blob.open, "_zodb_s3blobs"):
         Blob.open = _wrap_open(Blob.open)
         Blob.committed = _wrap_committed(Blob.committed)
+        BlobFile.write = _write_all
 
 
 def _wrap_open(stock_open: Any) -> Any:
@@ -60,11 +68,23 @@ def _wrap_open(stock_open: Any) -> Any:
 def _wrap_committed(stock_committed: Any) -> Any:
     @functools.wraps(stock_committed)
     def committed(self: Blob) -> Any:
-        if _is_as_committed(self):
-            _fetch(self)
-        return stock_committed(self)
+        if not _is_as_committed(self):
+            return stock_committed(self)
+        return _fetch(self)
 
     return committed
+
+
+def _write_all(self: BlobFile, data: Any) -> int:
+    """Write all bytes.
+
+    :raises OSError: when they cannot all be written; some may have been.
+    """
+    view = memoryview(data).cast("B")
+    written = 0
+    while written < len(view):
+        written += FileIO.write(self, view[written:])
+    return written
 
 
 def _is_as_committed(blob: Blob) -> bool:
@@ -74,8 +94,10 @@ def _is_as_committed(blob: Blob) -> bool:
     )
 
 
-def _fetch(blob: Blob) -> None:
-    blob._p_blob_committed = blob._p_jar._storage.loadBlob(blob._p_oid, blob._p_serial)
+def _fetch(blob: Blob) -> str:
+    path: str = blob._p_jar._storage.loadBlob(blob._p_oid, blob._p_serial)
+    blob._p_blob_committed = path
+    return path
 
 
 def _drop_working_copy(blob: Blob) -> None:

@@ -29,6 +29,7 @@ from ZODB.blob import rename_or_copy_blob
 from zope.interface import implementer
 
 from .cachechange import Change
+from .cachechange import Patience
 from .cachefiles import CacheFiles
 from .cachefiles import name_of
 from .cacheindex import CacheIndex
@@ -38,8 +39,8 @@ from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import IS3BlobCache
 from .overflow import Overflow
 from .singleflight import SingleFlight
-from .tempdirs import remove_dead
-from .tempdirs import TempDirectory
+from .tempdirs import remove_old
+from .tempdirs import TempFiles
 
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,13 @@ logger = logging.getLogger(__name__)
 GiB = 1 << 30
 
 # Seconds for which an eviction of many files lets others have the lock after each batch, and after
-# how many batches that freed nothing it takes a large one.
-PAUSE, IN_VAIN = 0.002, 8
+# how many of them that freed nothing it takes what there is.
+PAUSE, IN_VAIN = 0.002, 16
 # Seconds for which the index is left alone when somebody has held it for too long, and between two
 # lines of the log about the same trouble.
 REST = 30.0
+# Seconds after which files are looked at again that after a boot nobody could look at
+RETRY = 1.0
 # What the system says of a full disk; what is then evicted at least, in bytes, and how often.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SHED_BYTES, SHED_ATTEMPTS = 64 << 20, 3
@@ -74,27 +77,25 @@ class S3BlobCache:
         self.max_size = max_size
         # The mode counts for the last directory only.
         os.makedirs(self.cache_dir, mode=0o700, exist_ok=True)
-        self._temporaries = TempDirectory(os.path.join(self.cache_dir, "process"))
+        self._temporaries = TempFiles(os.path.join(self.cache_dir, "process"))
         self.temp_dir = os.path.join(self.cache_dir, "tmp")
         try:
             os.makedirs(self.temp_dir, mode=0o700, exist_ok=True)
         except OSError:
-            self.temp_dir = self._temporaries.path  # which is elsewhere then
+            self.temp_dir = os.path.dirname(self._temporaries.file())  # elsewhere
         self._clock = clock
         self._files = CacheFiles(self.cache_dir)
         self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"))
-        self._survey = Survey(self._files, self._index)
+        self._survey = Survey(self._files, self._index, clock)
         self._single_flight = SingleFlight(os.path.join(self.cache_dir, "lock"))
         self._overflow = Overflow()
-        # Made when it is needed
-        self._elsewhere: TempDirectory | None = None
         # Times of the monotonic clock
         self._rests_until = self._silent_until = self._catches_up_at = 0.0
         self._is_sure = False
         self._catch_up()
 
     def _catch_up(self) -> None:
-        self._catches_up_at = time.monotonic() + REST
+        self._catches_up_at = time.monotonic() + RETRY
         try:
             self._survey.run()
             self._make_room()
@@ -102,6 +103,8 @@ class S3BlobCache:
         except OSError as error:
             # A site whose cache fails is slow; one that does not start is no site.
             self._complain(error)
+            if isinstance(error, IndexBusy):
+                self._rests_until = time.monotonic() + REST
         self._is_sure = self._survey.is_sure
 
     def close(self) -> None:
@@ -144,8 +147,9 @@ class S3BlobCache:
                 return path
             self._overflow.expire()
             for attempt in range(1, EVICTION_ATTEMPTS + 1):
+                fetched = self._fetch(fetch)
                 try:
-                    return self.put(oid, tid, self._fetch(fetch))
+                    return self.put(oid, tid, fetched)
                 except FileNotFoundError:  # somebody is removing the directory
                     if attempt == EVICTION_ATTEMPTS:
                         raise
@@ -167,25 +171,23 @@ class S3BlobCache:
                 needed = max(SHED_BYTES, 2 * sum(begun))
                 if error.errno not in FULL or not self._shed(needed):
                     break
-        if self._elsewhere is None:
-            self._elsewhere = TempDirectory()
-        return _fetched(fetch, self._elsewhere.file(), [])
+        return _fetched(fetch, self._temporaries.elsewhere(), [])
 
     def _shed(self, byte_count: int) -> bool:
         """Evict although the budget allows more; return whether any file went."""
-        freed = 0
-        while freed < byte_count:
+        removed = 0
+        while removed < byte_count:
             change = None
             try:
                 with self._changing() as change:
-                    change.free(byte_count - freed, in_vain=True)
+                    change.free(byte_count - removed, Patience.LOST)
             except OSError as error:
                 # On a full disk the index may refuse, too, though the files are gone by then.
                 self._complain(error)
-            if change is None or not change.freed:
+            if change is None or not change.removed:
                 break
-            freed += change.freed
-        return freed > 0
+            removed += change.removed
+        return removed > 0
 
     # Writing
 
@@ -204,8 +206,8 @@ class S3BlobCache:
     def _reserve(self, wanted: list[tuple[str, int]]) -> None:
         wanted = [(name, size) for name, size in reversed(wanted) if size <= self.max_size]
 
-        def reserve(change: Change, in_vain: bool) -> bool:
-            while wanted and change.reserve(*wanted[-1], in_vain):
+        def reserve(change: Change, patience: Patience) -> bool:
+            while wanted and change.reserve(*wanted[-1], patience):
                 wanted.pop()
             return not wanted
 
@@ -241,14 +243,36 @@ class S3BlobCache:
             self._complain(error)
             if not os.path.exists(near) and os.path.exists(path := self._files.path(name)):
                 return path  # moved before the error
+            self._give_back([name])
         return self._overflow.keep(name, near)
+
+    def _give_back(self, names: list[str]) -> None:
+        try:
+            with self._changing() as change:
+                for name in names:
+                    if not os.path.exists(self._files.path(name)):
+                        change.rows.remove(name)
+        except OSError:
+            pass  # the row takes room until its turn comes
 
     def put_many(self, entries: Sequence[tuple[bytes, bytes, str, bytes]]) -> None:
         """Move files in whose room is reserved; those that lost it are deleted instead.
 
         :param entries: (oid, tid, source_path, what stood for the tid in `reserve`).
         """
-        near = [(oid, tid, self._bring_near(path), what) for oid, tid, path, what in entries]
+        near: list[tuple[bytes, bytes, str, bytes]] = []
+        try:
+            for oid, tid, path, reserved in entries:
+                near.append((oid, tid, self._bring_near(path), reserved))
+            self._put_near(near)
+        except BaseException:
+            # Whatever it was, the caller knows of its own files, not of copies.
+            for (_oid, _tid, path, _reserved), entry in zip(near, entries, strict=False):
+                if path != entry[2]:
+                    _removed_size(path)
+            raise
+
+    def _put_near(self, near: Sequence[tuple[bytes, bytes, str, bytes]]) -> None:
         lost: set[str] = set()
         if any(reserved != tid for _oid, tid, _path, reserved in near):
             # Committed before the files come, lest a crash leave one without a row.
@@ -335,24 +359,27 @@ class S3BlobCache:
 
     def _make_room(self) -> None:
         self._until_done(
-            lambda change, in_vain: change.free(change.rows.total - self.max_size, in_vain)
+            lambda change, patience: change.free(change.rows.total - self.max_size, patience)
         )
 
-    def _until_done(self, step: Callable[[Change, bool], bool]) -> None:
-        """Repeat what takes several batches; step is told when the last ones were in vain."""
+    def _until_done(self, step: Callable[[Change, Patience], bool]) -> None:
+        """Repeat what takes several batches."""
         in_vain = 0
         while True:
+            patience = Patience.TRIED if in_vain else Patience.FRESH
+            if in_vain >= IN_VAIN:
+                patience = Patience.LOST
             with self._changing() as change:
-                if step(change, in_vain >= IN_VAIN):
+                if step(change, patience):
                     return
-            if in_vain >= IN_VAIN and change.refused and not change.freed:
+            if patience is Patience.LOST and change.refused and not change.freed:
                 raise PermissionError(f"files cannot be removed from {self.cache_dir}")
             in_vain = 0 if change.freed else in_vain + 1
             time.sleep(PAUSE)
 
     def _remove_dead(self) -> None:
-        for directory in ("process", "tmp"):
-            remove_dead(os.path.join(self.cache_dir, directory))
+        self._temporaries.remove_dead()
+        remove_old(self.temp_dir)
 
     def _complain(self, error: OSError) -> None:
         if time.monotonic() > self._silent_until:
@@ -360,10 +387,15 @@ class S3BlobCache:
             logger.warning("cache cannot be used, blobs are served all the same: %s", error)
 
     def _bring_near(self, source_path: str) -> str:
-        """Return a path in the cache's file system with the bytes, not writable."""
-        directory = os.path.dirname(os.path.abspath(source_path))
-        if os.stat(directory).st_dev != os.stat(self.cache_dir).st_dev:
+        """Return a path in the cache's file system with the bytes, not writable.
+
+        :raises OSError: when there is none; the source is untouched.
+        """
+        here = os.stat(self.cache_dir).st_dev
+        if os.stat(os.path.dirname(os.path.abspath(source_path))).st_dev != here:
             near = self.temporary_file()
+            if os.stat(os.path.dirname(near)).st_dev != here:
+                raise OSError(errno.EXDEV, f"{self.cache_dir} takes no files")
             try:
                 rename_or_copy_blob(source_path, near, chmod=False)
             except BaseException:
@@ -379,9 +411,11 @@ def _fetched(fetch: Callable[[str], None], path: str, begun: list[int]) -> str:
     """Return the path when the file is there; else nothing remains, and begun has its size."""
     try:
         fetch(path)
-    except BaseException:
+    except BaseException as error:
         # Whatever it was, half a file is of no use.
         begun.append(_removed_size(path))
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path
         raise
     return path
 

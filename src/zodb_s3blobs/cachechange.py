@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from collections.abc import Generator
 from contextlib import closing
+from enum import auto
+from enum import Enum
 import heapq
 import itertools
 import logging
@@ -15,10 +17,24 @@ from .cacheindex import IndexRows
 
 logger = logging.getLogger(__name__)
 
-# Files that are looked at before other processes have their turn, and when that was in vain.
-BATCH, LARGE_BATCH = 64, 2000
+# Files that are looked at before other processes have their turn; as many when that was in vain.
+BATCH, LARGE_BATCH = 64, 1000
 # To remove more bytes takes so long that the file is renamed now and removed later.
 LARGE = 8 << 20
+
+
+class Patience(Enum):
+    """How an eviction has gone so far that takes several batches.
+
+    The rows of files that were used since go behind, and where all are in use exactness would look
+    at a million of them before the first may go: after some batches the oldest of one goes.
+    """
+
+    FRESH = auto()
+    #: earlier batches freed nothing
+    TRIED = auto()
+    #: nobody waits any longer
+    LOST = auto()
 
 
 class Change:
@@ -38,8 +54,8 @@ class Change:
         temporary_file: Callable[[], str],
     ) -> None:
         self.rows = rows
-        #: what was evicted, in bytes
-        self.freed = 0
+        #: what was evicted, in bytes, and that part of it of which there were files
+        self.freed = self.removed = 0
         #: how many files could not be removed
         self.refused = 0
         self._files = files
@@ -49,18 +65,17 @@ class Change:
         self._asides: list[str] = []
         self._changed: set[str] = set()
 
-    def reserve(self, name: str, size: int, in_vain: bool = False) -> bool:
+    def reserve(self, name: str, size: int, patience: Patience = Patience.FRESH) -> bool:
         """Put the row of a file that is to come; False when others must first be evicted.
 
         A call evicts no more than a batch, so that it may take several, with the lock let go of
         in between.
 
         :param int size: bytes, not more than the budget.
-        :param bool in_vain: as of `free`.
         """
         if not self._fits(name, size):
             excess = self.rows.total - (self.rows.size(name) or 0) + size - self._max_size
-            self.free(excess, in_vain)
+            self.free(excess, patience)
             if not self._fits(name, size):
                 return False
         self.rows.put(name, size, self._now)
@@ -73,6 +88,7 @@ class Change:
     def place(self, source_path: str, name: str) -> str:
         """Move in a file whose row stands, and return its path."""
         path = self._files.place(source_path, name)
+        self.rows.mark_placed(name)
         self._changed.add(directory_of(name))
         return path
 
@@ -98,12 +114,8 @@ class Change:
 
     # Eviction
 
-    def free(self, byte_count: int, in_vain: bool = False) -> bool:
-        """Evict a batch, or less when that frees as much; return whether it did.
-
-        :param bool in_vain: all files of earlier batches were used since. Whoever waits for room
-            does not look at a million files: the first of a large batch go, whatever comes behind.
-        """
+    def free(self, byte_count: int, patience: Patience = Patience.FRESH) -> bool:
+        """Evict a batch, or less when that frees as much; return whether it did."""
         if byte_count <= 0:
             return True
         evicted: list[tuple[str, int]] = []
@@ -111,14 +123,13 @@ class Change:
         # A heap of time of last use, name and size
         used_since: list[tuple[float, str, int]] = []
         missing = byte_count
-        with closing(self._least_recently_used(used_since, in_vain)) as candidates:
+        candidates = self._least_recently_used(used_since, refused, patience)
+        with closing(candidates):
             while missing > 0 and (candidate := next(candidates, None)):
                 try:
                     self._evict(*candidate)
                 except OSError as error:
-                    # Another user's. It goes behind, lest it keep all others from being evicted.
-                    logger.warning("cached file cannot be removed: %s", error)
-                    refused.append(candidate[0])
+                    _refuse(refused, candidate[0], error)
                 else:
                     evicted.append(candidate)
                     missing -= candidate[1]
@@ -132,35 +143,47 @@ class Change:
         return missing <= 0
 
     def _least_recently_used(
-        self, used_since: list[tuple[float, str, int]], in_vain: bool
+        self, used_since: list[tuple[float, str, int]], refused: list[str], patience: Patience
     ) -> Generator[tuple[str, int], None, None]:
         """Yield name and size of files in the order of their last use.
 
         The rows are in the order of the last use that is known. A file that was used since joins
         the heap, and its turn comes when all rows that are not older had theirs.
         """
-        count, limit = 0, LARGE_BATCH if in_vain else BATCH
+        count, limit = 0, BATCH if patience is Patience.FRESH else LARGE_BATCH
         with closing(self.rows.by_use()) as rows:
             for name, size, used in itertools.islice(rows, limit):
                 count += 1
                 while used_since and used_since[0][0] <= used:
                     yield heapq.heappop(used_since)[1:]
-                last = self._files.last_use(name)
+                try:
+                    last = self._files.last_use(name)
+                except OSError as error:
+                    _refuse(refused, name, error)
+                    continue
                 if last > used:
                     heapq.heappush(used_since, (last, name, size))
                 else:
                     yield name, size
-            while used_since and (in_vain or count < limit):
+            while used_since and (count < limit or patience is Patience.LOST):
                 yield heapq.heappop(used_since)[1:]
 
     def _evict(self, name: str, size: int) -> None:
         self._changed.add(directory_of(name))
-        if size >= LARGE:
-            try:
-                aside = self._temporary_file()
-                os.rename(self._files.path(name), aside)
-                self._asides.append(aside)
-                return
-            except OSError:
-                pass  # then at once
-        self._files.remove(name)
+        if (size >= LARGE and self._set_aside(name)) or self._files.remove(name):
+            self.removed += size
+
+    def _set_aside(self, name: str) -> bool:
+        try:
+            aside = self._temporary_file()
+            os.rename(self._files.path(name), aside)
+        except OSError:
+            return False  # then it is removed at once
+        self._asides.append(aside)
+        return True
+
+
+def _refuse(refused: list[str], name: str, error: OSError) -> None:
+    # Another user's. It goes behind, lest it keep all others from being evicted.
+    logger.warning("cached file cannot be removed: %s", error)
+    refused.append(name)

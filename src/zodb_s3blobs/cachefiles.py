@@ -7,9 +7,12 @@ directory, of which there are 4096.
 """
 
 from collections.abc import Iterator
+import logging
 import os
 import re
 
+
+logger = logging.getLogger(__name__)
 
 DIRECTORY = re.compile(r"[0-9a-f]{3}")
 _FILE = re.compile(r"([0-9a-f]{16}\.[0-9a-f]{16})\.blob")
@@ -58,18 +61,23 @@ class CacheFiles:
             return None
 
     def listing(self, directory: str) -> dict[str, tuple[int, float]]:
-        """Return names, sizes in bytes and times of last use of a directory's files."""
+        """Return names, sizes in bytes and times of last use of a directory's files.
+
+        :raises OSError: when it cannot be read.
+        """
         found = {}
         try:
             with os.scandir(f"{self.cache_dir}/{directory}") as entries:
-                for entry in entries:
-                    match = _FILE.fullmatch(entry.name)
-                    if match and entry.is_file(follow_symlinks=False):
-                        status = entry.stat()
-                        name = f"{directory}/{match.group(1)}"
-                        found[name] = status.st_size, status.st_mtime
+                names = [e.name for e in entries if e.is_file(follow_symlinks=False)]
         except FileNotFoundError:
-            pass
+            return {}
+        for file_name in names:
+            if match := _FILE.fullmatch(file_name):
+                try:
+                    status = os.stat(f"{self.cache_dir}/{directory}/{file_name}")
+                except FileNotFoundError:
+                    continue  # somebody removes files by hand
+                found[f"{directory}/{match.group(1)}"] = status.st_size, status.st_mtime
         return found
 
     def last_use(self, name: str) -> float:
@@ -91,11 +99,13 @@ class CacheFiles:
             os.replace(source_path, path)
         return path
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str) -> bool:
+        """Remove a file; False when there was none."""
         try:
             os.remove(f"{self.cache_dir}/{name}.blob")
         except FileNotFoundError:
-            pass
+            return False
+        return True
 
     def remove_directory(self, directory: str) -> None:
         """Remove a directory if it is empty."""
@@ -108,17 +118,24 @@ class CacheFiles:
         """Give the files of the package before this one their new names; return their number."""
         count = 0
         for directory in list(self._old_directories()):
-            oid = os.path.basename(directory).zfill(16)
-            for file_name in os.listdir(directory):
-                if match := _OLD_FILE.fullmatch(file_name):
-                    name = f"{oid[-3:]}/{oid}.{match.group(1).zfill(16)}"
-                    try:
-                        self.place(f"{directory}/{file_name}", name)
-                    except FileNotFoundError:
-                        continue  # another process was faster
-                    count += 1
-            if not DIRECTORY.fullmatch(os.path.basename(directory)):
-                self.remove_directory(os.path.basename(directory))
+            try:
+                count += self._take_over(directory)
+            except OSError as error:
+                logger.warning("files of an older package stay path=%s: %s", directory, error)
+        return count
+
+    def _take_over(self, directory: str) -> int:
+        count, oid = 0, os.path.basename(directory).zfill(16)
+        for file_name in os.listdir(directory):
+            if match := _OLD_FILE.fullmatch(file_name):
+                name = f"{oid[-3:]}/{oid}.{match.group(1).zfill(16)}"
+                try:
+                    self.place(f"{directory}/{file_name}", name)
+                except FileNotFoundError:
+                    continue  # another process was faster
+                count += 1
+        if not DIRECTORY.fullmatch(os.path.basename(directory)):
+            self.remove_directory(os.path.basename(directory))
         return count
 
     def _old_directories(self) -> Iterator[str]:

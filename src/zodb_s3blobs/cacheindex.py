@@ -1,21 +1,26 @@
 """Which files a cache directory holds, how large they are and when each was last known to be used.
 
-One SQLite file serves all threads and processes of a host. Its write lock is
-the lock of the whole directory: files appear and vanish only while it is held,
-so that the rows never lack a file that exists. A crash can leave a row without
-a file; it costs room until eviction comes by and drops it.
+One SQLite file serves all threads and processes of a host. Files appear and
+vanish only while the lock of the directory is held, so that the rows never lack
+a file that exists. That lock is the directory's own (flock), and not SQLite's:
+an index can be lost or damaged, and then two processes would each have one. A
+crash can leave a row without a file; it costs room until eviction comes by.
 """
 
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
+from contextlib import closing
 from contextlib import contextmanager
+import fcntl
 import logging
 import os
 import random
 import sqlite3
 import threading
 import time
+from typing import Any
 from typing import TypeVar
 import weakref
 
@@ -29,16 +34,24 @@ Row = tuple[str, int, float]
 VERSION = 2
 # Seconds until a process gives up waiting for the others.
 BUSY_TIMEOUT = 10.0
-# Seconds between looks at a lock that another process has. SQLite's own pauses grow to a tenth of
-# a second, and whoever begins to wait later then comes first.
+# Seconds between looks at a lock that somebody else has: not growing much, lest whoever begins to
+# wait later come first.
 FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.003
+# Seconds to wait for SQLite's own locks, which only a process that closes the index has.
+SQLITE_TIMEOUT = 2.0
+# Bytes that the journal keeps on disk when it is not needed
+JOURNAL_LIMIT = 4 << 20
+# What SQLite says of the machine; whatever else it says is said of a damaged index.
+_MACHINE = ("locked", "full", "I/O error", "unable to open", "readonly", "memory")
 
 _SCHEMA = """
 DROP TABLE IF EXISTS file;
 DROP TABLE IF EXISTS directory;
 DROP TABLE IF EXISTS state;
 DROP TABLE IF EXISTS total;
-CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE file (
+    name TEXT PRIMARY KEY, size INTEGER NOT NULL, used REAL NOT NULL, placed INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE INDEX file_used ON file (used, size);
 CREATE TABLE directory (name TEXT PRIMARY KEY, modified INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE state (bytes INTEGER NOT NULL, complete INTEGER NOT NULL);
@@ -61,6 +74,8 @@ class IndexRows:
         self._execute = connection.execute
         self._executemany = connection.executemany
         self._state = self._execute("SELECT bytes, complete FROM state").fetchone()
+        if self._state is None or [type(value) for value in self._state] != [int, int]:
+            raise sqlite3.DatabaseError(f"the state of the index is {self._state}")
         self.total: int = self._state[0]
         self.is_complete = bool(self._state[1])
 
@@ -76,18 +91,27 @@ class IndexRows:
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, None when there is no such row."""
         row = self._execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else _checked(row[0], int)
 
     def __contains__(self, name: str) -> bool:
         return self.size(name) is not None
 
-    def put(self, name: str, size: int, used: float) -> None:
+    def put(self, name: str, size: int, used: float, is_placed: bool = False) -> None:
+        """Put a row, in the place of one that has that name already.
+
+        :param bool is_placed: whether the file is there.
+        """
         self.total += size - (self.size(name) or 0)
-        self._execute("INSERT OR REPLACE INTO file VALUES (?, ?, ?)", (name, size, used))
+        row = (name, size, used, int(is_placed))
+        self._execute("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)", row)
+
+    def mark_placed(self, name: str) -> None:
+        """Remember that the file is there."""
+        self._execute("UPDATE file SET placed = 1 WHERE name = ?", (name,))
 
     def add(self, rows: list[Row]) -> None:
-        """Put rows of which none is there yet."""
-        self._executemany("INSERT INTO file VALUES (?, ?, ?)", rows)
+        """Put rows of files that are there, of which none has a row yet."""
+        self._executemany("INSERT INTO file VALUES (?, ?, ?, 1)", rows)
         self.total += sum(size for _name, size, _used in rows)
 
     def remove(self, name: str) -> None:
@@ -109,30 +133,43 @@ class IndexRows:
         """Set the time of last use of rows."""
         self._executemany("UPDATE file SET used = ? WHERE name = ?", [(u, n) for n, u in uses])
 
-    def by_use(self) -> sqlite3.Cursor:
+    def by_use(self) -> Generator[Row, None, None]:
         """Iterate over all rows, that which was not used for longest first.
 
-        The cursor must be closed before anything is changed.
+        The iterator must be closed before anything is changed.
         """
-        return self._execute("SELECT name, size, used FROM file ORDER BY used")
+        with closing(self._execute("SELECT name, size, used FROM file ORDER BY used")) as rows:
+            for name, size, used in rows:
+                yield _checked(name, str), _checked(size, int), _checked(used, float)
 
     def between(self, low: str, high: str) -> dict[str, int]:
         """Return names from low to below high, and sizes in bytes."""
+        return dict(row[:2] for row in self._between(low, high))
+
+    def reserved(self, low: str, high: str) -> dict[str, float]:
+        """Return those of them whose files are not there yet, and when they were reserved."""
+        return {name: used for name, _, used, placed in self._between(low, high) if not placed}
+
+    def _between(self, low: str, high: str) -> list[tuple[str, int, float, int]]:
         rows = self._execute(
-            "SELECT name, size FROM file WHERE name >= ? AND name < ?", (low, high)
+            "SELECT name, size, used, placed FROM file WHERE name >= ? AND name < ?", (low, high)
         )
-        return dict(rows.fetchall())
+        return [
+            (_checked(name, str), _checked(size, int), _checked(used, float), _checked(placed, int))
+            for name, size, used, placed in rows.fetchall()
+        ]
 
     def sum(self) -> int:
         """Return what the total should be, by adding all sizes."""
         (size,) = self._execute("SELECT SUM(size) FROM file").fetchone()
-        return size or 0
+        return _checked(size or 0, int)
 
     # Directories
 
     def directories(self) -> dict[str, int]:
         """Return when each directory was last changed, as far as is known, in nanoseconds."""
-        return dict(self._execute("SELECT name, modified FROM directory").fetchall())
+        rows = self._execute("SELECT name, modified FROM directory").fetchall()
+        return {_checked(name, str): _checked(modified, int) for name, modified in rows}
 
     def note(self, directories: dict[str, int | None]) -> None:
         """Remember when directories were last changed; None stands for one that is gone."""
@@ -140,6 +177,13 @@ class IndexRows:
         there = [item for item in directories.items() if item[1] is not None]
         self._executemany("DELETE FROM directory WHERE name = ?", gone)
         self._executemany("INSERT OR REPLACE INTO directory VALUES (?, ?)", there)
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    """Return a value as it was written; SQLite keeps anything in any column."""
+    if type(value) is not kind:
+        raise sqlite3.DatabaseError(f"the index has {value!r} in the place of a {kind.__name__}")
+    return value
 
 
 _indexes: "weakref.WeakSet[CacheIndex]" = weakref.WeakSet()
@@ -153,24 +197,22 @@ class CacheIndex:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._directory = os.path.dirname(path)
+        # Held no longer than the lock of the directory is, lest a fork wait for another process.
         self._lock = threading.Lock()
-        # Guarded by _lock: _connection, _identity, what it is a connection to, and _opened, what
-        # was under the path when it was opened last.
+        # Guarded by _lock: _connection and _identity, what was under the path when it was opened.
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, ...] | None = None
-        self._opened: tuple[int, ...] | None = None
         _indexes.add(self)
 
     @contextmanager
     def writing(self) -> Iterator[IndexRows]:
-        """Hold the write lock of the directory; what was changed is kept unless an error leaves.
+        """Hold the lock of the directory; what was changed is kept unless an error leaves.
 
         :raises IndexBusy: when others hold it for too long.
         :raises OSError: when the index cannot be opened, or has just been found damaged.
         """
-        if not self._lock.acquire(timeout=BUSY_TIMEOUT):
-            raise IndexBusy(f"threads wait too long for the index of the blob cache, {self._path}")
-        try:
+        with self._holding():
             connection = self._begin()
             try:
                 rows = IndexRows(connection)
@@ -178,115 +220,145 @@ class CacheIndex:
                 rows.flush()
                 connection.execute("COMMIT")
             except BaseException as error:
-                # Whatever it was, the lock is given back.
+                # Whatever it was, nothing of it is kept.
                 self._roll_back(connection)
                 if isinstance(error, sqlite3.Error):
-                    if not isinstance(error, sqlite3.OperationalError):
-                        self._remove(error)
                     raise self._unusable(error) from error
                 raise
-        finally:
-            self._lock.release()
 
     def verify(self) -> None:
         """Read all of the index, and give it up if it is damaged."""
-        with self._lock:
+        with self._holding():
             try:
-                connection = self._connect()
-                (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                connection = self._begin()
+                verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                connection.execute("ROLLBACK")
                 if verdict != "ok":
                     raise sqlite3.DatabaseError(verdict)
-            except sqlite3.OperationalError as error:
-                raise self._unusable(error) from error
-            except sqlite3.DatabaseError as error:
-                self._remove(error)
+            except sqlite3.Error as error:
+                failure = self._unusable(error)
+                if _is_the_machine(error):
+                    raise failure from error
 
     def close(self) -> None:
         with self._lock:
-            if self._connection is not None and self._identity == self._identify():
-                self._connection.close()
+            self._close()
+
+    def _close(self) -> None:
+        # At once, and not when nobody refers to it any more: SQLite's locks are on files, and with
+        # one connection of this process all others to the same file would lose them.
+        if self._connection is not None:
+            self._connection.close()
             self._connection = None
 
-    def _identify(self) -> tuple[int, ...] | None:
-        """Name this process and the file now under the path: neither may change unnoticed."""
+    # The lock
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        deadline, pause = time.monotonic() + BUSY_TIMEOUT, FIRST_PAUSE
+        while (directory := self._try_lock()) is None:
+            if time.monotonic() > deadline:
+                raise IndexBusy(f"others hold the index of the blob cache, {self._path}, too long")
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 1.5, LONGEST_PAUSE)
         try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
+            yield
+        finally:
+            # Not only closed: a process that is just being started may have a copy.
+            fcntl.flock(directory, fcntl.LOCK_UN)
+            os.close(directory)
+            self._lock.release()
+
+    def _try_lock(self) -> int | None:
+        """Take the lock of the threads and that of the directory, return the directory's; or None.
+
+        :raises OSError: when there can be no directory.
+        """
+        if not self._lock.acquire(timeout=LONGEST_PAUSE):
             return None
-        return os.getpid(), status.st_dev, status.st_ino
+        directory = None
+        try:
+            directory = self._open_directory()
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(self._directory), os.fstat(directory)):
+                return directory
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            # Whatever it was, nobody else gives the lock back.
+            self._give_up(directory)
+            raise
+        self._give_up(directory)
+        return None
+
+    def _open_directory(self) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(self._directory, flags)
+        except FileNotFoundError:
+            os.makedirs(self._directory, mode=0o700, exist_ok=True)
+            return os.open(self._directory, flags)
+
+    def _give_up(self, directory: int | None) -> None:
+        if directory is not None:
+            os.close(directory)
+        self._lock.release()
+
+    def before_fork(self) -> None:
+        """Leave nothing open: SQLite's locks belong to the process, its memory of them does not."""
+        self._lock.acquire()
+        self._close()
+
+    def after_fork(self) -> None:
+        self._lock.release()
+
+    # The connection, while the lock is held
 
     def _begin(self) -> sqlite3.Connection:
         for is_last in (False, True):
             try:
                 return _patiently(self._try_begin)
-            except sqlite3.OperationalError as error:
-                raise self._unusable(error) from error
-            except sqlite3.DatabaseError as error:
-                if is_last:
-                    raise self._unusable(error) from error
-                self._remove(error)
+            except sqlite3.Error as error:
+                failure = self._unusable(error)
+                if is_last or _is_the_machine(error):
+                    raise failure from error
         raise AssertionError("unreachable")
 
     def _try_begin(self) -> sqlite3.Connection:
-        connection = self._connect()
-        connection.execute("BEGIN IMMEDIATE")
-        return connection
-
-    def _roll_back(self, connection: sqlite3.Connection) -> None:
-        try:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-        except sqlite3.Error:
-            # The disk fails. With the connection goes its lock.
-            connection.close()
-            self._connection = None
-
-    def _remove(self, error: sqlite3.Error) -> None:
-        """Give up a damaged index; the next use makes it anew."""
-        self._connection = None
-        if self._opened is None or self._opened != self._identify():
-            return  # another process was faster: what is there now is new
-        logger.warning("cache index given up path=%s: %s", self._path, error)
-        for suffix in ("", "-wal", "-shm"):
-            if os.path.exists(self._path + suffix):
-                os.remove(self._path + suffix)
-
-    def before_fork(self) -> None:
-        """Leave nothing open: SQLite's locks belong to the process, its memory of them does not."""
-        self._lock.acquire()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def after_fork(self) -> None:
-        self._lock.release()
-
-    def _unusable(self, error: sqlite3.Error) -> OSError:
-        kind = IndexBusy if _is_locked(error) else OSError
-        return kind(f"the index of the blob cache, {self._path}, cannot be used: {error}")
-
-    def _connect(self) -> sqlite3.Connection:
         if self._connection is None or self._identity != self._identify():
+            self._close()
             self._connection = self._open()
-            self._identity = self._identify()
+        self._connection.execute("BEGIN IMMEDIATE")
         return self._connection
 
+    def _identify(self) -> tuple[int, ...] | None:
+        """Name the file now under the path: it may be removed by hand."""
+        try:
+            status = os.stat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_dev, status.st_ino
+
     def _open(self) -> sqlite3.Connection:
-        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-        self._opened = self._identify()
+        if not os.path.exists(self._path):
+            self._remove_files()  # what belonged to one that was removed by hand
         connection = sqlite3.connect(
             self._path, timeout=0, isolation_level=None, check_same_thread=False
         )
         try:
+            self._identity = self._identify()
             connection.execute("PRAGMA journal_mode = WAL")
             # The index can be made anew; it need not survive a power failure.
             connection.execute("PRAGMA synchronous = OFF")
+            connection.execute(f"PRAGMA journal_size_limit = {JOURNAL_LIMIT}")
             connection.execute("BEGIN IMMEDIATE")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version != VERSION:
                 for statement in _statements(_SCHEMA):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {VERSION}")
+            # Fails on a read-only disk, on which the connection would stay read-only for ever.
+            connection.execute("UPDATE state SET bytes = bytes")
             connection.execute("COMMIT")
         except BaseException:
             # Whatever it was, nobody else closes it.
@@ -294,24 +366,46 @@ class CacheIndex:
             raise
         return connection
 
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._close()  # the disk fails
+
+    def _unusable(self, error: sqlite3.Error) -> OSError:
+        """Return the error for the caller; a damaged index goes, and the next use makes one."""
+        # One that was opened while the disk was read-only stays so.
+        self._close()
+        if not _is_the_machine(error) and self._identity == self._identify():
+            logger.warning("cache index given up path=%s: %s", self._path, error)
+            self._remove_files()
+        kind = IndexBusy if "locked" in str(error) else OSError
+        return kind(f"the index of the blob cache, {self._path}, cannot be used: {error}")
+
+    def _remove_files(self) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            if os.path.exists(self._path + suffix):
+                os.remove(self._path + suffix)
+
+
+def _is_the_machine(error: sqlite3.Error) -> bool:
+    # Python 3.10 tells no codes.
+    return isinstance(error, sqlite3.OperationalError) and any(
+        what in str(error) for what in _MACHINE
+    )
+
 
 def _patiently(function: Callable[[], T]) -> T:
-    """Call a function until the lock that it needs is free, for a bounded time."""
-    deadline = time.monotonic() + BUSY_TIMEOUT
-    pause = FIRST_PAUSE
+    """Call a function until SQLite lets it, for a bounded time: not all of it waits by itself."""
+    deadline = time.monotonic() + SQLITE_TIMEOUT
     while True:
         try:
             return function()
         except sqlite3.OperationalError as error:
-            if not _is_locked(error) or time.monotonic() > deadline:
+            if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
-        time.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(pause * 1.5, LONGEST_PAUSE)
-
-
-def _is_locked(error: sqlite3.Error) -> bool:
-    # Python 3.10 tells no code.
-    return "locked" in str(error)
+        time.sleep(LONGEST_PAUSE)
 
 
 def _statements(script: str) -> Iterator[str]:

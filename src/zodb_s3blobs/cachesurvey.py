@@ -6,6 +6,7 @@ that somebody has put there or removed, that a killed process has left, that
 were there before the index. Those directories are read, and no others.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import logging
@@ -26,6 +27,8 @@ DIRECTORIES = 16
 STRIDE = 32
 # Nanoseconds. The clock of a file system ticks: what happens between two ticks happens at one time.
 TICK = 10_000_000
+# Seconds after which nobody comes with a file for which there was room
+RESERVED = 3600
 # Nanoseconds after which the kernel has certainly written to disk what it was told to.
 WRITTEN_BACK = 600 * 1_000_000_000
 
@@ -33,9 +36,10 @@ WRITTEN_BACK = 600 * 1_000_000_000
 class Survey:
     """Compares files and rows, a few directories at a time."""
 
-    def __init__(self, files: CacheFiles, index: CacheIndex) -> None:
+    def __init__(self, files: CacheFiles, index: CacheIndex, clock: Callable[[], float]) -> None:
         self._files = files
         self._index = index
+        self._clock = clock
         # What a directory holds that was changed since, in nanoseconds, may lack bytes.
         self._doubtful_since: int | None = None
 
@@ -48,10 +52,12 @@ class Survey:
         """Make rows and files agree, as at the opening: it costs a look at each directory."""
         self._doubtful_since = 0  # until we know better
         boot, last_boot = _boot(), self._last_boot()
-        if last_boot in (None, boot):
+        if last_boot == boot or (last_boot is None and self._is_new()):
             self._doubtful_since = None
         else:
             self._index.verify()
+            with self._index.writing() as rows:
+                rows.total = rows.sum()
             self._doubtful_since = _last_change_before_boot(self._files) - WRITTEN_BACK
         self.complete()
         if findings := self._compare_changed():
@@ -59,6 +65,13 @@ class Survey:
         self._doubtful_since = None
         if last_boot != boot:
             self._remember(boot)
+
+    def _is_new(self) -> bool:
+        if not self._files.directories():
+            return True
+        # An index that is complete has written the marker.
+        with self._index.writing() as rows:
+            return not rows.is_complete
 
     def complete(self) -> None:
         """Learn of all files, as after the index was lost."""
@@ -82,7 +95,11 @@ class Survey:
         for directory in unknown:
             if seen >= FILES:
                 return False
-            found = self._files.listing(directory)
+            try:
+                found = self._files.listing(directory)
+            except OSError as error:
+                logger.warning("cache directory cannot be read: %s", error)
+                found = {}
             if self._is_doubtful(self._files.modified(directory)):
                 for name in found:
                     self._files.remove(name)
@@ -90,6 +107,8 @@ class Survey:
             rows.add([(name, size, used) for name, (size, used) in found.items()])
             rows.note({directory: self._files.modified(directory)})
             seen += len(found)
+        if self._last_boot() is None:
+            self._remember(_boot())  # as long as there are files
         rows.is_complete = True
         return True
 
@@ -145,10 +164,18 @@ class Survey:
         known, found = rows.between(low, high), {}
         doubtful: set[str] = set()
         for directory in directories:
-            listing = self._files.listing(directory)
+            try:
+                listing = self._files.listing(directory)
+            except OSError as error:
+                findings.append(f"the directory {directory} cannot be read: {error}")
+                known = {name: size for name, size in known.items() if name[:3] != directory}
+                continue
             found.update(listing)
             if self._is_doubtful(self._files.modified(directory)):
                 doubtful.update(listing)
+        for name, since in rows.reserved(low, high).items():
+            if name not in found and self._clock() - since < RESERVED:
+                known.pop(name, None)
         for name, sentence in _differences(known, found):
             findings.append(sentence)
             if fix:
@@ -166,7 +193,7 @@ class Survey:
             self._files.remove(name)
             rows.remove(name)
         else:
-            rows.put(name, *file)
+            rows.put(name, *file, is_placed=True)
 
     # After a boot
 

@@ -404,8 +404,9 @@ class TransactionBlobs:
         try:
             if staged := [(blob.oid, blob.reservation) for blob, _path in self._staged()]:
                 self._services.cache.release(staged)
-        except OSError:
-            # It comes back when eviction meets the rows without files.
+        except Exception:
+            # Whatever it is, the transaction has ended. The room comes back when eviction meets
+            # the rows without files.
             logger.warning("cache refused to give room back %s", self)
 
     def _close_keys(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent.futures import Future
+import errno
 import os
 from typing import Any
 
@@ -15,6 +16,18 @@ from .keys import blob_key
 
 # From (oid, serial) to the stamp in the revision's record, if there is one
 FindReference = Callable[[bytes, bytes], bytes | None]
+
+
+# Errors that are those of the target, whatever file they name
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class _SourceFailed(Exception):
+    """Takes the error of a source past the cache, for which an OSError is one of its own."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class BlobLoader:
@@ -65,9 +78,12 @@ class BlobLoader:
     def _fill(self, oid: bytes, serial: bytes, find_reference: FindReference) -> str:
         # Before the cache has its lock: the base may be slow.
         stamp = find_reference(oid, serial)
-        filled: str = self._cache.fill(
-            oid, serial, lambda path: self._fetch(oid, serial, stamp, path)
-        )
+        try:
+            filled: str = self._cache.fill(
+                oid, serial, lambda path: self._fetch(oid, serial, stamp, path)
+            )
+        except _SourceFailed as failed:
+            raise failed.error from None
         return filled
 
     def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None, target_path: str) -> None:
@@ -77,13 +93,21 @@ class BlobLoader:
             self._download(keys, target_path)
         except S3OperationError as error:
             # A revision has the same bytes wherever they are.
-            if any(source.fetch(oid, serial, target_path) for source in self._sources):
+            if self._ask_sources(oid, serial, target_path):
                 return
             if isinstance(error, MissingObjectError):
                 where = " or ".join(keys)
                 raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
+
+    def _ask_sources(self, oid: bytes, serial: bytes, target_path: str) -> bool:
+        try:
+            return any(source.fetch(oid, serial, target_path) for source in self._sources)
+        except OSError as error:
+            if error.errno in NO_WRITING or error.filename == target_path:
+                raise
+            raise _SourceFailed(error) from error
 
     def _download(self, keys: Sequence[str], target_path: str) -> None:
         for key in keys:

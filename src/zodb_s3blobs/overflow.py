@@ -6,7 +6,7 @@ import threading
 import time
 
 
-# What is kept beside the newest file: bytes in all, and seconds.
+# What is kept, with the newest file: bytes in all, and seconds.
 KEPT_BYTES = 256 << 20
 KEPT_SECONDS = 600.0
 
@@ -22,20 +22,30 @@ class Overflow:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._begin()
+
+    def _begin(self) -> None:
+        # A forked child begins anew: the files are its parent's, and so is whoever has the lock.
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         # Guarded by _lock; name to path, size in bytes and time, the newest last
         self._files: dict[str, tuple[str, int, float]] = {}
 
+    def _own(self) -> threading.Lock:
+        if self._pid != os.getpid():
+            self._begin()
+        return self._lock
+
     def get(self, name: str) -> str | None:
         """Return the path of a file that is kept, else None."""
         kept = self._files.get(name)
-        # A forked child knows its parent's files, which may be gone.
+        # Somebody may have removed it.
         return kept[0] if kept is not None and os.path.exists(kept[0]) else None
 
     def keep(self, name: str, path: str) -> str:
         """Take over a file and return its path."""
         size = os.path.getsize(path)
-        with self._lock:
+        with self._own():
             self._forget(name)
             self._files[name] = path, size, self._clock()
         self.expire()
@@ -43,12 +53,12 @@ class Overflow:
 
     def expire(self) -> None:
         """Remove what was kept for long enough."""
-        with self._lock:
+        with self._own():
             self._drop_old()
 
     def clear(self) -> None:
         """Remove all."""
-        with self._lock:
+        with self._own():
             for name in list(self._files):
                 self._forget(name)
 

@@ -1,12 +1,14 @@
-"""Directories for files in the making: one for each process, and it goes when the process does."""
+"""Places for files in the making: a directory for each process, which goes when that does."""
 
-import errno
+from __future__ import annotations
+
+from collections.abc import Iterator
 import fcntl
 import logging
 import os
 import shutil
+import stat
 import tempfile
-import threading
 import time
 import weakref
 
@@ -15,70 +17,113 @@ logger = logging.getLogger(__name__)
 
 # Seconds after which a file goes of which nobody tells whose it is, such as an uncommitted one of
 # ZODB: no transaction takes a week.
-FOREIGN = 7 * 86400
+OLD = 7 * 86400
 # A thousandth of a second each
 LOCK_ATTEMPTS = 1000
 
 
+class TempFiles:
+    """Paths for temporary files: below a parent, else in the system's place for such files."""
+
+    def __init__(self, parent: str) -> None:
+        self._here = TempDirectory(parent)
+        # Made when it is needed; there may be none.
+        self._elsewhere: TempDirectory | None = None
+
+    def file(self) -> str:
+        """Return a path that nobody else uses, below the parent if that is possible now.
+
+        :raises OSError: when there can be none.
+        """
+        try:
+            return self._here.file()
+        except OSError:
+            return self.elsewhere()
+
+    def elsewhere(self) -> str:
+        """Return a path in the system's place.
+
+        :raises OSError: when there can be none.
+        """
+        return self._in_the_system_s_place().file()
+
+    def remove_dead(self) -> None:
+        """Remove what processes have left that no longer live."""
+        self._here.remove_dead()
+        try:
+            self._in_the_system_s_place().remove_dead()
+        except OSError:
+            pass  # there is no such place
+
+    def _in_the_system_s_place(self) -> TempDirectory:
+        if self._elsewhere is None:
+            place = os.path.join(tempfile.gettempdir(), f"zodb-s3blobs-{os.getuid()}")
+            self._elsewhere = TempDirectory(place, is_among_others=True)
+        return self._elsewhere
+
+
 class TempDirectory:
-    """A directory of this process alone, and of what it forks.
+    """A directory of this process alone, and of what it forks; it is made when it is needed.
 
     A locked file beside it, "{path}.lock", says that somebody still uses it. The lock vanishes with
     the last process that has it, and whoever comes next removes both.
 
-    Attribute ``path``: it outlives this object while files are in it.
-
-    :param str parent: where to make it; None, or a directory where that is impossible, stands for
-        the system's place for temporary files.
+    :param str parent: made when missing, private to the user.
+    :param bool is_among_others: anybody could have made the parent.
     """
 
-    def __init__(self, parent: str | None = None) -> None:
-        self._lock = threading.Lock()
-        # Guarded by _lock: the descriptor of the locked file, in a list for the finalizer; in the
-        # system's place there is none.
+    def __init__(self, parent: str, is_among_others: bool = False) -> None:
+        self._parent = parent
+        self._is_among_others = is_among_others
+        self.path = os.path.join(parent, f"{os.getpid()}-{os.urandom(8).hex()}")
+        # Descriptors of the locked file, as a list for the finalizer; mostly one
         self._held: list[int] = []
-        if parent is not None:
-            try:
-                self.path = os.path.join(parent, f"{os.getpid()}-{os.urandom(8).hex()}")
-                self._make_locked()
-            except OSError as error:
-                logger.warning("temporary files go elsewhere, %s cannot be used: %s", parent, error)
-                parent = None
-        if parent is None:
-            self.path = tempfile.mkdtemp(prefix="zodb-s3blobs-")
         weakref.finalize(self, _release, os.getpid(), self.path, self._held)
 
     def file(self) -> str:
-        """Return a path below that nobody else uses; the directory is made again when missing."""
-        self.ensure()
-        return os.path.join(self.path, f"{os.getpid()}-{os.urandom(8).hex()}.tmp")
+        """Return a path below that nobody else uses; nothing is there yet.
 
-    def ensure(self) -> None:
-        """Make directory and lock again if somebody has removed them.
-
-        :raises OSError: when that is impossible.
+        :raises OSError: when the directory cannot be made or written to.
         """
         if not self._is_there():
-            with self._lock:
-                if not self._is_there():
-                    self._make_locked() if self._held else os.mkdir(self.path, 0o700)
+            self._make()
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(f"{self.path} cannot be written to")
+        return os.path.join(self.path, f"{os.getpid()}-{os.urandom(8).hex()}.tmp")
 
     def _is_there(self) -> bool:
-        return os.path.isdir(self.path) and (not self._held or os.path.exists(f"{self.path}.lock"))
-
-    def _make_locked(self) -> None:
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-        # Before the directory is there: without a lock it would be a dead process's.
-        file = _locked_file(f"{self.path}.lock")
+        # Somebody may have removed it, and a forked child made it again, with a lock of its own.
         try:
-            os.makedirs(self.path, mode=0o700, exist_ok=True)
-        except BaseException:
-            # Whatever it was, the lock is of no use.
-            os.close(file)
-            raise
-        while self._held:
-            os.close(self._held.pop())
-        self._held.append(file)
+            lock = os.stat(f"{self.path}.lock")
+            ours = any(os.path.samestat(lock, os.fstat(file)) for file in list(self._held))
+        except OSError:
+            return False
+        return ours and os.path.isdir(self.path)
+
+    def _make(self) -> None:
+        os.makedirs(self._parent, mode=0o700, exist_ok=True)
+        self._refuse_others()
+        # Before the directory is there: without a lock it would be a dead process's.
+        self._held.append(_locked_file(f"{self.path}.lock"))
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+
+    def _refuse_others(self) -> None:
+        if self._is_among_others:
+            status = os.lstat(self._parent)
+            is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o077
+            if not (is_ours and stat.S_ISDIR(status.st_mode)):
+                raise PermissionError(f"{self._parent} is another user's, or open to others")
+
+    def remove_dead(self) -> None:
+        """Remove the directories below the parent that no living process has.
+
+        :raises OSError: when the parent is not this user's.
+        """
+        self._refuse_others()
+        for path in _entries(self._parent):
+            if path.endswith(".lock"):
+                _remove_if_dead(path)
+        remove_old(self._parent)
 
 
 def _locked_file(path: str) -> int:
@@ -87,7 +132,7 @@ def _locked_file(path: str) -> int:
     A forked child shares the lock of its parent, or takes one of its own beside it.
     """
     for _attempt in range(LOCK_ATTEMPTS):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.path.samestat(os.stat(path), os.fstat(file)):
@@ -106,52 +151,56 @@ def _locked_file(path: str) -> int:
 def _release(pid: int, path: str, held: list[int]) -> None:
     if pid != os.getpid():
         return  # a forked child has the parent's
-    if not held:
-        shutil.rmtree(path, ignore_errors=True)  # in the system's place nobody comes next
-        return
     try:
         os.rmdir(path)
         os.remove(f"{path}.lock")
     except OSError:
-        pass  # files are still used, perhaps; or a child has removed it
+        pass  # files are still used, perhaps; whoever comes next sees
     while held:
         os.close(held.pop())
 
 
-def remove_dead(parent: str) -> None:
-    """Remove the directories that no living process has, and files that are older than a week."""
-    with os.scandir(parent) as entries:
-        for entry in entries:
-            if entry.name.endswith(".lock"):
-                _remove_if_dead(entry.path)
-            elif not os.path.exists(f"{entry.path}.lock"):
-                _remove_if_foreign(entry.path)
-
-
 def _remove_if_dead(lock: str) -> None:
     try:
-        file = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        file = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return  # somebody else was faster, or it is another user's
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(lock.removesuffix(".lock"), ignore_errors=True)
-        os.remove(lock)
+        if os.path.samestat(os.stat(lock), os.fstat(file)):
+            shutil.rmtree(lock.removesuffix(".lock"), ignore_errors=True)
+            os.remove(lock)
+    except (BlockingIOError, FileNotFoundError):
+        pass  # it lives, or somebody else was faster
     except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):
-            logger.warning("temporary files stay path=%s: %s", lock, error)
+        logger.warning("temporary files stay path=%s: %s", lock, error)
     finally:
         os.close(file)
 
 
-def _remove_if_foreign(path: str) -> None:
+def remove_old(directory: str) -> None:
+    """Remove files and directories that are a week old and that no lock belongs to."""
+    for path in _entries(directory):
+        if path.endswith(".lock") or os.path.exists(f"{path}.lock"):
+            continue
+        try:
+            # The time of the last rename: a file that was consumed may be old itself.
+            if time.time() - os.lstat(path).st_ctime < OLD:
+                continue
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+        except FileNotFoundError:
+            pass  # somebody else was faster
+        except OSError as error:
+            logger.warning("temporary file stays path=%s: %s", path, error)
+
+
+def _entries(directory: str) -> Iterator[str]:
     try:
-        # The time of the last rename: a file that was consumed may be old itself.
-        if time.time() - os.stat(path).st_ctime < FOREIGN:
-            return
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        else:
-            os.remove(path)
-    except OSError as error:
-        logger.warning("temporary file stays path=%s: %s", path, error)
+        names = os.listdir(directory)
+    except OSError:
+        return  # it is not there, or there is nothing to be done
+    for name in names:
+        yield os.path.join(directory, name)
