@@ -27,8 +27,8 @@ class TempFiles:
 
     def __init__(self, parent: str) -> None:
         self._here = TempDirectory(parent)
-        # Made when it is needed; there may be none.
-        self._elsewhere: TempDirectory | None = None
+        # By its parent: the system may have no place.
+        self._elsewhere: dict[str, TempDirectory] = {}
 
     def file(self) -> str:
         """Return a path that nobody else uses, below the parent if that is possible now.
@@ -56,10 +56,12 @@ class TempFiles:
             pass  # there is no such place
 
     def _in_the_system_s_place(self) -> TempDirectory:
-        if self._elsewhere is None:
-            place = os.path.join(tempfile.gettempdir(), f"zodb-s3blobs-{os.getuid()}")
-            self._elsewhere = TempDirectory(place, is_among_others=True)
-        return self._elsewhere
+        place = os.path.join(tempfile.gettempdir(), f"zodb-s3blobs-{os.getuid()}")
+        known = self._elsewhere.get(place)
+        # Two threads get one.
+        return known or self._elsewhere.setdefault(
+            place, TempDirectory(place, is_among_others=True)
+        )
 
 
 class TempDirectory:
@@ -95,17 +97,25 @@ class TempDirectory:
         # Somebody may have removed it, and a forked child made it again, with a lock of its own.
         try:
             lock = os.stat(f"{self.path}.lock")
-            ours = any(os.path.samestat(lock, os.fstat(file)) for file in list(self._held))
         except OSError:
             return False
-        return ours and os.path.isdir(self.path)
+        return any(_is_open(file, lock) for file in list(self._held)) and os.path.isdir(self.path)
 
     def _make(self) -> None:
-        os.makedirs(self._parent, mode=0o700, exist_ok=True)
+        if self._is_among_others:
+            _make_directory(self._parent)
+        else:
+            os.makedirs(self._parent, mode=0o700, exist_ok=True)
         self._refuse_others()
         # Before the directory is there: without a lock it would be a dead process's.
-        self._held.append(_locked_file(f"{self.path}.lock"))
-        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        file = _locked_file(f"{self.path}.lock")
+        try:
+            _make_directory(self.path)
+        except BaseException:
+            # Whatever it was, the lock is of no use.
+            os.close(file)
+            raise
+        self._held.append(file)
 
     def _refuse_others(self) -> None:
         if self._is_among_others:
@@ -117,13 +127,28 @@ class TempDirectory:
     def remove_dead(self) -> None:
         """Remove the directories below the parent that no living process has.
 
-        :raises OSError: when the parent is not this user's.
+        :raises OSError: when the parent should be this user's and is not.
         """
         self._refuse_others()
         for path in _entries(self._parent):
             if path.endswith(".lock"):
                 _remove_if_dead(path)
         remove_old(self._parent)
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+
+
+def _is_open(file: int, lock: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), lock)
+    except OSError:
+        return False  # a daemon closes all that it has
 
 
 def _locked_file(path: str) -> int:
@@ -157,7 +182,10 @@ def _release(pid: int, path: str, held: list[int]) -> None:
     except OSError:
         pass  # files are still used, perhaps; whoever comes next sees
     while held:
-        os.close(held.pop())
+        try:
+            os.close(held.pop())
+        except OSError:
+            pass  # a daemon closes all that it has
 
 
 def _remove_if_dead(lock: str) -> None:
