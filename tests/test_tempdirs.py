@@ -747,12 +747,11 @@ def test_directory_that_cannot_be_made_again_keeps_no_descriptors(parent, place)
 def test_descriptor_that_a_daemon_has_closed_is_had_again_once(parent):
     """It closes all that it does not know when it begins."""
     files = TempFiles(parent)
-    before = set(os.listdir("/proc/self/fd"))
-    write(files)
+    lock_file = f"{os.path.dirname(write(files))}.lock"
     (lock,) = [
         int(name)
-        for name in set(os.listdir("/proc/self/fd")) - before
-        if os.path.exists(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if os.path.realpath(f"/proc/self/fd/{name}") == lock_file
     ]
     os.close(lock)
     count = descriptors()
