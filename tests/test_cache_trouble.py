@@ -629,6 +629,22 @@ class TestCommitOnFullDisk:
 
         on_disks(child, disk)
 
+    def test_commit_takes_the_place_of_cached_blobs(self, site, disk, system):
+        """Though the cache may be larger than the disk: new blobs come from another one."""
+
+        def child():
+            site.open()
+            db = DB(site.storage)
+            blobs = {f"{number}": random_bytes(f"{number}", SIZE) for number in range(60)}
+            for name, data in blobs.items():
+                with db.transaction() as conn:
+                    conn.root()[name] = Blob(data)
+            with db.transaction() as conn:
+                assert all(read(conn.root()[name]) == data for name, data in blobs.items())
+            db.close()
+
+        on_disks(child, disk)
+
 
 def leave_room(path, size):
     """Give back some bytes of a file that fills the disk."""

@@ -35,6 +35,7 @@ from .cachefiles import name_of
 from .cacheindex import CacheIndex
 from .cacheindex import IndexBusy
 from .cachesurvey import Survey
+from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import IS3BlobCache
 from .overflow import Overflow
@@ -55,8 +56,7 @@ PAUSE, IN_VAIN = 0.002, 16
 REST = 30.0
 # Seconds after which files are looked at again that after a boot nobody could look at
 RETRY = 1.0
-# What the system says of a full disk; what is then evicted at least, in bytes, and how often.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+# What is evicted at least when the disk is full, in bytes, and how often.
 SHED_BYTES, SHED_ATTEMPTS = 64 << 20, 3
 
 
@@ -168,14 +168,13 @@ class S3BlobCache:
                 return _fetched(fetch, self.temporary_file(), begun)
             except OSError as error:
                 self._complain(error)
-                needed = max(SHED_BYTES, 2 * sum(begun))
-                if error.errno not in FULL or not self._shed(needed):
+                if error.errno not in DISK_FULL or not self.shed(2 * sum(begun)):
                     break
         return _fetched(fetch, self._temporaries.elsewhere(), [])
 
-    def _shed(self, byte_count: int) -> bool:
-        """Evict although the budget allows more; return whether any file went."""
-        removed = 0
+    def shed(self, byte_count: int) -> bool:
+        """Evict though the budget allows more, as the disk is full; return whether any file went."""
+        byte_count, removed = max(byte_count, SHED_BYTES), 0
         while removed < byte_count:
             change = None
             try:
@@ -384,7 +383,12 @@ class S3BlobCache:
     def _complain(self, error: OSError) -> None:
         if time.monotonic() > self._silent_until:
             self._silent_until = time.monotonic() + REST
-            logger.warning("cache cannot be used, blobs are served all the same: %s", error)
+            logger.warning(
+                "cache cannot be used, blobs are served all the same path=%s: %s (owner, mode and"
+                " space of the directory? It is tried again)",
+                self.cache_dir,
+                error,
+            )
 
     def _bring_near(self, source_path: str) -> str:
         """Return a path in the cache's file system with the bytes, not writable.

@@ -15,6 +15,7 @@ from ZODB.blob import rename_or_copy_blob
 from ZODB.POSException import StorageTransactionError
 from ZODB.utils import z64
 
+from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
@@ -100,11 +101,22 @@ class TransactionBlobs:
         """
         path = self._services.temporary_file()
         try:
-            rename_or_copy_blob(blobfilename, path, chmod=False)
+            self._move(blobfilename, path)
         except BaseException:
             remove_quietly(path)  # half of a copy, of which nobody else knows
             raise
         return path
+
+    def _move(self, source: str, path: str) -> None:
+        try:
+            rename_or_copy_blob(source, path, chmod=False)
+        except OSError as error:
+            # A copy does not fit: what is cached is worth less than what is committed.
+            size = os.path.getsize(source)
+            if error.errno not in DISK_FULL or not self._services.cache.shed(size):
+                raise
+            remove_quietly(path)
+            rename_or_copy_blob(source, path, chmod=False)
 
     def stage(
         self,
@@ -258,9 +270,9 @@ class TransactionBlobs:
                 self._services.cache.reserve(
                     [(blob.oid, blob.reservation, os.path.getsize(path)) for blob, path in staged]
                 )
-        except OSError:
+        except OSError as error:
             # The commit does not depend on the cache.
-            logger.exception("cache refused to reserve room %s", self)
+            logger.warning("cache takes no blobs of a commit %s: %s", self, error)
         self.phase = Phase.VOTED
 
     def _store_records(self) -> None:
@@ -349,13 +361,20 @@ class TransactionBlobs:
         try:
             if staged:
                 self._services.cache.put_many(staged)
+        except OSError as error:
+            logger.warning("committed, but not cached tid=%s: %s", tid.hex(), error)
+            self._give_up_caching()
         except Exception:
-            # The transaction is committed and its bytes are in the bucket: a read fetches them.
-            logger.exception("cache refused blobs tid=%s", tid.hex())
-            self._remove_files()
-            self._release_room()
+            # Whatever it is, the transaction is committed and its bytes are in the bucket: a read
+            # fetches them.
+            logger.exception("committed, but not cached tid=%s", tid.hex())
+            self._give_up_caching()
         finally:
             self._close_keys()
+
+    def _give_up_caching(self) -> None:
+        self._remove_files()
+        self._release_room()
 
     def abort(self) -> None:
         """Undo what was staged and uploaded, after the base has aborted; never raises.
@@ -407,7 +426,7 @@ class TransactionBlobs:
         except Exception:
             # Whatever it is, the transaction has ended. The room comes back when eviction meets
             # the rows without files.
-            logger.warning("cache refused to give room back %s", self)
+            logger.info("cache refused to give room back %s", self)
 
     def _close_keys(self) -> None:
         keys = {blob.key for blob in self._blobs.values()}

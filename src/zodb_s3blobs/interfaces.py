@@ -4,6 +4,7 @@ oid, tid and serial are bytes of length 8 everywhere but in keys and logs.
 Sizes are in bytes, times in seconds.
 """
 
+import errno
 from typing import NamedTuple
 
 from transaction.interfaces import TransientError
@@ -16,6 +17,10 @@ from zope.interface import Interface
 # How often eviction may win against whoever opens a path of the cache: it happens between two
 # lines of code, so that once is rare already.
 EVICTION_ATTEMPTS = 10
+
+
+# What the system says of a full disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ListedObject(NamedTuple):
@@ -178,6 +183,12 @@ class IS3BlobCache(Interface):
 
     def discard(oid, tid):
         """Forget a file whose revision is garbage."""
+
+    def shed(byte_count):
+        """Evict although the budget allows more, as the disk is full.
+
+        :returns: whether any file went.
+        """
 
     def temporary_file():
         """Return a path nobody else uses, from which a rename into the cache is atomic."""

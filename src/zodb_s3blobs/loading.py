@@ -9,6 +9,7 @@ from typing import Any
 
 from ZODB.POSException import POSKeyError
 
+from .interfaces import DISK_FULL
 from .interfaces import MissingObjectError
 from .interfaces import S3OperationError
 from .keys import blob_key
@@ -19,7 +20,7 @@ FindReference = Callable[[bytes, bytes], bytes | None]
 
 
 # Errors that are those of the target, whatever file they name
-NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_WRITING = (*DISK_FULL, errno.EROFS)
 
 
 class _SourceFailed(Exception):
