@@ -173,7 +173,7 @@ class S3BlobCache:
         return _fetched(fetch, self._temporaries.elsewhere(), [])
 
     def shed(self, byte_count: int) -> bool:
-        """Evict though the budget allows more, as the disk is full; return whether any file went."""
+        """Evict though the budget allows more, for the disk is full; return whether a file went."""
         byte_count, removed = max(byte_count, SHED_BYTES), 0
         while removed < byte_count:
             change = None
