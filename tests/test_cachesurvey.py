@@ -14,6 +14,7 @@ from zodb_s3blobs import cache as cache_module
 from zodb_s3blobs import cachesurvey
 from zodb_s3blobs.cache import S3BlobCache
 
+from .storages import Failure
 from .test_cache import assert_sound
 from .test_cache import Clock
 from .test_cache import files
@@ -181,8 +182,7 @@ def test_cache_of_the_older_package_is_taken_over(tmp_path):
     assert_sound(cache)
     assert sorted(path.name for path in directory.iterdir() if len(path.name) > 10) == [
         "index.sqlite",
-        "index.sqlite-shm",
-        "index.sqlite-wal",
+        "index.sqlite-journal",
     ]
     assert (directory / "7" / "other").exists()
     cache.close()
@@ -429,3 +429,51 @@ def test_old_directory_that_cannot_be_read_does_not_keep_others(tmp_path):
         cache.close()
     finally:
         (directory / "b1").chmod(0o700)
+
+
+def test_cache_is_kept_when_the_first_look_after_a_boot_fails(open_cache, monkeypatch):
+    """What is whole does not go because nobody could tell; a commit meanwhile deletes nothing."""
+    cache = open_cache(1000)
+    for number in range(20):
+        fill(cache, number)
+    cache.close()
+    remove_index(cache)
+    another_boot(cache)
+    for number in range(20):
+        changed(cache, number, age_of_machine() - 3600)
+    changed(cache, 0, age_of_machine() - 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(cachesurvey.CacheIndex, "verify", Failure(OSError("says the test")))
+        again = open_cache(1000)
+        assert again.get(oid(1), TID) is None
+    again.reserve([(oid(50), TID, 10)])
+    again.close()
+    assert held(open_cache(1000)) == list(range(1, 20))
+
+
+def test_file_is_not_served_before_it_is_known_of_which_boot_it_is(open_cache):
+    """A marker that cannot be read; nothing is deleted meanwhile."""
+    cache = open_cache(100)
+    fill(cache, 1)
+    cache.close()
+    remove_index(cache)
+    marker = Path(cache.cache_dir, "boot")
+    marker.chmod(0o000)
+    try:
+        again = open_cache(100)
+        assert again.get(oid(1), TID) is None
+        again.discard(oid(2), TID)
+        fill(again, 3)
+        assert held(again) == [1]
+    finally:
+        marker.chmod(0o600)
+
+
+def test_marker_of_other_bytes_is_another_boot(open_cache):
+    """Whatever a power failure has left in it."""
+    cache = open_cache(100)
+    fill(cache, 1)
+    Path(cache.cache_dir, "boot").write_bytes(b"\xff\xfe\x00")
+    again = open_cache(100)
+    assert held(again) == [1]
+    assert_sound(again)

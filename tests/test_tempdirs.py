@@ -708,12 +708,12 @@ def test_what_others_could_have_made_in_the_system_s_place_is_refused(
 
 
 def test_lock_of_a_directory_that_could_not_be_made_is_nobody_s(parent, place, monkeypatch):
-    """The disk was full between the two: the next who cleans up takes it away."""
+    """The disk failed between the two: the next who cleans up takes it away."""
     mkdir = os.mkdir
 
     def refuse(path, *args, **kw):
         if os.path.dirname(path) == parent:
-            raise OSError(28, "No space left on device", path)
+            raise OSError(5, "Input/output error", path)
         return mkdir(path, *args, **kw)
 
     files = TempFiles(parent)

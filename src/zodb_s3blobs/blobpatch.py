@@ -80,10 +80,10 @@ def _write_all(self: BlobFile, data: Any) -> int:
 
     :raises OSError: when they cannot all be written; some may have been.
     """
-    view = memoryview(data).cast("B")
-    written = 0
-    while written < len(view):
-        written += FileIO.write(self, view[written:])
+    written: int = FileIO.write(self, data)
+    size = memoryview(data).nbytes
+    while written < size:
+        written += FileIO.write(self, memoryview(data).cast("B")[written:])
     return written
 
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import errno
 import logging
 import os
+import threading
 import time
 
 from ZODB.blob import rename_or_copy_blob
@@ -34,6 +35,7 @@ from .cachefiles import CacheFiles
 from .cachefiles import name_of
 from .cacheindex import CacheIndex
 from .cacheindex import IndexBusy
+from .cacheindex import IndexDamaged
 from .cachesurvey import Survey
 from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
@@ -82,7 +84,7 @@ class S3BlobCache:
         try:
             os.makedirs(self.temp_dir, mode=0o700, exist_ok=True)
         except OSError:
-            self.temp_dir = os.path.dirname(self._temporaries.file())  # elsewhere
+            self.temp_dir = os.path.dirname(self._temporaries.elsewhere())
         self._clock = clock
         self._files = CacheFiles(self.cache_dir)
         self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"))
@@ -92,9 +94,20 @@ class S3BlobCache:
         # Times of the monotonic clock
         self._rests_until = self._silent_until = self._catches_up_at = 0.0
         self._is_sure = False
+        # The thread that does, by process; setdefault decides
+        self._catching_up: dict[int, int] = {}
         self._catch_up()
 
     def _catch_up(self) -> None:
+        name, thread = os.getpid(), threading.get_ident()
+        if self._catching_up.setdefault(name, thread) != thread:
+            return
+        try:
+            self._catch_up_alone()
+        finally:
+            del self._catching_up[name]
+
+    def _catch_up_alone(self) -> None:
         self._catches_up_at = time.monotonic() + RETRY
         try:
             self._survey.run()
@@ -191,8 +204,20 @@ class S3BlobCache:
     # Writing
 
     def temporary_file(self) -> str:
-        """Return a path in the cache's file system that nobody else uses; nothing is there yet."""
-        return self._temporaries.file()
+        """Return a path, in the cache's file system if that is possible, that nobody else uses.
+
+        :raises OSError: when there can be none.
+        """
+        try:
+            return self._temporaries.file()
+        except OSError as error:
+            self._complain(error)
+        try:
+            if self.shed(0):
+                return self._temporaries.file()
+        except OSError as error:
+            self._complain(error)
+        return self._temporaries.elsewhere()
 
     def reserve(self, entries: Iterable[tuple[bytes, bytes, int]]) -> None:
         """Make room for (oid, tid, size) files that are about to be put.
@@ -321,8 +346,14 @@ class S3BlobCache:
         :param bool fix: remove files whose size is not what the index says, drop rows without a
             file, and take files without a row into the index.
         """
-        self._survey.complete()
-        findings = self._survey.check(fix, self.max_size)
+        findings = []
+        try:
+            self._survey.complete()
+            findings += self._survey.check(fix, self.max_size)
+        except IndexDamaged as error:
+            # It is made anew, whether it is to be mended or not.
+            self._survey.complete()
+            findings = [str(error), *self._survey.check(fix, self.max_size)]
         if fix:
             self._make_room()
             self._remove_dead()
@@ -343,7 +374,7 @@ class S3BlobCache:
             with self._index.writing() as rows:
                 if self._survey.some(rows):
                     change = Change(
-                        self._files, rows, self.max_size, self._clock(), self.temporary_file
+                        self._files, rows, self.max_size, self._clock(), self._temporaries.file
                     )
                     yield change
                     change.end()

@@ -63,7 +63,8 @@ class Change:
         self._now = now
         self._temporary_file = temporary_file
         self._asides: list[str] = []
-        self._changed: set[str] = set()
+        # Directories, and whether they were before as they are known
+        self._changed: dict[str, bool] = {}
 
     def reserve(self, name: str, size: int, patience: Patience = Patience.FRESH) -> bool:
         """Put the row of a file that is to come; False when others must first be evicted.
@@ -87,21 +88,31 @@ class Change:
 
     def place(self, source_path: str, name: str) -> str:
         """Move in a file whose row stands, and return its path."""
+        self._touch(name)
         path = self._files.place(source_path, name)
         self.rows.mark_placed(name)
-        self._changed.add(directory_of(name))
         return path
 
     def remove(self, name: str) -> None:
         """Remove file and row, and the directory with its last file."""
+        self._touch(name)
         self._files.remove(name)
         self.rows.remove(name)
         self._files.remove_directory(directory_of(name))
-        self._changed.add(directory_of(name))
+
+    def _touch(self, name: str) -> None:
+        directory = directory_of(name)
+        if directory not in self._changed:
+            before = self._files.modified(directory)
+            self._changed[directory] = before == self.rows.modified(directory)
 
     def end(self) -> None:
-        """Remember what the directories look like now: one that looks otherwise later is read."""
-        self.rows.note({name: self._files.modified(name) for name in self._changed})
+        """Remember what the directories look like now: one that looks otherwise later is read.
+
+        So is one that looked otherwise before: somebody else has changed it, too.
+        """
+        known = [directory for directory, was_known in self._changed.items() if was_known]
+        self.rows.note({directory: self._files.modified(directory) for directory in known})
 
     def clean_up(self) -> None:
         """Remove what was set aside, after the lock was given back."""
@@ -169,7 +180,7 @@ class Change:
                 yield heapq.heappop(used_since)[1:]
 
     def _evict(self, name: str, size: int) -> None:
-        self._changed.add(directory_of(name))
+        self._touch(name)
         if (size >= LARGE and self._set_aside(name)) or self._files.remove(name):
             self.removed += size
 

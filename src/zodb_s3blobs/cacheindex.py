@@ -63,6 +63,10 @@ class IndexBusy(OSError):
     """Another process or thread has held the index for too long."""
 
 
+class IndexDamaged(OSError):
+    """The index was damaged and is gone; the next use makes it anew."""
+
+
 class IndexRows:
     """The rows, for whoever holds the write lock.
 
@@ -161,7 +165,7 @@ class IndexRows:
 
     def sum(self) -> int:
         """Return what the total should be, by adding all sizes."""
-        (size,) = self._execute("SELECT SUM(size) FROM file").fetchone()
+        (size,) = self._execute("SELECT SUM(size) FROM file NOT INDEXED").fetchone()
         return _checked(size or 0, int)
 
     # Directories
@@ -170,6 +174,12 @@ class IndexRows:
         """Return when each directory was last changed, as far as is known, in nanoseconds."""
         rows = self._execute("SELECT name, modified FROM directory").fetchall()
         return {_checked(name, str): _checked(modified, int) for name, modified in rows}
+
+    def modified(self, directory: str) -> int | None:
+        """Return when a directory was last changed, as far as is known, in nanoseconds."""
+        where = "WHERE name = ?"
+        row = self._execute(f"SELECT modified FROM directory {where}", (directory,)).fetchone()
+        return None if row is None else _checked(row[0], int)
 
     def note(self, directories: dict[str, int | None]) -> None:
         """Remember when directories were last changed; None stands for one that is gone."""
@@ -231,8 +241,11 @@ class CacheIndex:
         with self._holding():
             try:
                 connection = self._begin()
-                verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-                connection.execute("ROLLBACK")
+                try:
+                    # Not quick_check, which does not look whether table and index agree.
+                    verdict = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                finally:
+                    self._roll_back(connection)
                 if verdict != "ok":
                     raise sqlite3.DatabaseError(verdict)
             except sqlite3.Error as error:
@@ -328,6 +341,8 @@ class CacheIndex:
         if self._connection is None or self._identity != self._identify():
             self._close()
             self._connection = self._open()
+        # Of whoever was interrupted
+        self._roll_back(self._connection)
         self._connection.execute("BEGIN IMMEDIATE")
         return self._connection
 
@@ -347,7 +362,9 @@ class CacheIndex:
         )
         try:
             self._identity = self._identify()
-            connection.execute("PRAGMA journal_mode = WAL")
+            # Not WAL: with its files, which belong to a path and not to the index, an index that is
+            # removed by hand would share them with the next.
+            connection.execute("PRAGMA journal_mode = PERSIST")
             # The index can be made anew; it need not survive a power failure.
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute(f"PRAGMA journal_size_limit = {JOURNAL_LIMIT}")
@@ -377,14 +394,16 @@ class CacheIndex:
         """Return the error for the caller; a damaged index goes, and the next use makes one."""
         # One that was opened while the disk was read-only stays so.
         self._close()
-        if not _is_the_machine(error) and self._identity == self._identify():
-            logger.warning("cache index given up path=%s: %s", self._path, error)
-            self._remove_files()
-        kind = IndexBusy if "locked" in str(error) else OSError
+        kind: type[OSError] = IndexBusy if "locked" in str(error) else OSError
+        if not _is_the_machine(error):
+            kind = IndexDamaged
+            if self._identity == self._identify():
+                logger.warning("cache index given up path=%s: %s", self._path, error)
+                self._remove_files()
         return kind(f"the index of the blob cache, {self._path}, cannot be used: {error}")
 
     def _remove_files(self) -> None:
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-journal"):
             if os.path.exists(self._path + suffix):
                 os.remove(self._path + suffix)
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Files, and directories, that are read before other processes have their turn.
 FILES = 2000
 DIRECTORIES = 16
+# Seconds in which others have it: more than they wait between two looks
+PAUSE = 0.005
 # Directories in a range of names that is compared at once
 STRIDE = 32
 # Nanoseconds. The clock of a file system ticks: what happens between two ticks happens at one time.
@@ -42,23 +44,24 @@ class Survey:
         self._clock = clock
         # What a directory holds that was changed since, in nanoseconds, may lack bytes.
         self._doubtful_since: int | None = None
+        # Until then nobody knows that.
+        self._is_begun = False
 
     @property
     def is_sure(self) -> bool:
         """Whether all files are whole; not if the last run has failed after a boot."""
-        return self._doubtful_since is None
+        return self._is_begun and self._doubtful_since is None
 
     def run(self) -> None:
         """Make rows and files agree, as at the opening: it costs a look at each directory."""
-        self._doubtful_since = 0  # until we know better
         boot, last_boot = _boot(), self._last_boot()
-        if last_boot == boot or (last_boot is None and self._is_new()):
-            self._doubtful_since = None
-        else:
+        if last_boot != boot and not (last_boot is None and self._is_new()):
+            self._doubtful_since = _last_change_before_boot(self._files) - WRITTEN_BACK
+        self._is_begun = True
+        if self._doubtful_since is not None:
             self._index.verify()
             with self._index.writing() as rows:
                 rows.total = rows.sum()
-            self._doubtful_since = _last_change_before_boot(self._files) - WRITTEN_BACK
         self.complete()
         if findings := self._compare_changed():
             logger.warning("cache mended findings=%d first=%s", len(findings), findings[0])
@@ -83,11 +86,12 @@ class Survey:
         while not is_complete:
             with self._index.writing() as rows:
                 is_complete = self.some(rows)
+            time.sleep(PAUSE)
 
     def some(self, rows: IndexRows) -> bool:
         """Learn of some of the files that the index does not know; return whether those are all."""
-        if rows.is_complete:
-            return True
+        if rows.is_complete or not self._is_begun:
+            return rows.is_complete
         known, seen = rows.directories(), 0
         unknown = sorted(self._files.directories().keys() - known.keys())
         if unknown and not known:
@@ -100,13 +104,13 @@ class Survey:
             except OSError as error:
                 logger.warning("cache directory cannot be read: %s", error)
                 found = {}
+            seen += len(found)
             if self._is_doubtful(self._files.modified(directory)):
                 for name in found:
                     self._files.remove(name)
                 found = {}
             rows.add([(name, size, used) for name, (size, used) in found.items()])
             rows.note({directory: self._files.modified(directory)})
-            seen += len(found)
         if self._last_boot() is None:
             self._remember(_boot())  # as long as there are files
         rows.is_complete = True
@@ -128,6 +132,8 @@ class Survey:
             directories = [name for name in present if low <= f"{name}/" < high]
             with self._index.writing() as rows:
                 size += self._compare(rows, low, high, directories, findings, fix)
+            if directories:
+                time.sleep(PAUSE)
         if size > max_size:
             findings.append(f"the files exceed the budget of {max_size} bytes")
         return findings
@@ -149,6 +155,7 @@ class Survey:
             with self._index.writing() as rows:
                 for name in changed[start : start + DIRECTORIES]:
                     self._compare(rows, f"{name}/", f"{name}0", [name], findings, fix=True)
+            time.sleep(PAUSE)
         return findings
 
     def _compare(
@@ -206,16 +213,18 @@ class Survey:
 
     def _last_boot(self) -> str | None:
         try:
-            with open(self._marker) as file:
+            with open(self._marker, errors="replace") as file:
                 return file.read().strip()
         except FileNotFoundError:
             return None
 
     def _remember(self, boot: str) -> None:
-        with open(self._marker, "w") as file:
+        new = f"{self._marker}.{os.getpid()}"
+        with open(new, "w") as file:
             file.write(boot)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(new, self._marker)
 
     def _is_doubtful(self, modified: int | None) -> bool:
         since = self._doubtful_since

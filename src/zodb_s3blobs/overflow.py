@@ -26,10 +26,10 @@ class Overflow:
 
     def _begin(self) -> None:
         # A forked child begins anew: the files are its parent's, and so is whoever has the lock.
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         # Guarded by _lock; name to path, size in bytes and time, the newest last
         self._files: dict[str, tuple[str, int, float]] = {}
+        self._pid = os.getpid()
 
     def _own(self) -> threading.Lock:
         if self._pid != os.getpid():

@@ -12,6 +12,8 @@ import tempfile
 import time
 import weakref
 
+from .interfaces import DISK_FULL
+
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +35,13 @@ class TempFiles:
     def file(self) -> str:
         """Return a path that nobody else uses, below the parent if that is possible now.
 
-        :raises OSError: when there can be none.
+        :raises OSError: when there can be none, or the parent's disk is full.
         """
         try:
             return self._here.file()
-        except OSError:
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
             return self.elsewhere()
 
     def elsewhere(self) -> str:
