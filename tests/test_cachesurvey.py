@@ -465,6 +465,8 @@ def test_file_is_not_served_before_it_is_known_of_which_boot_it_is(open_cache):
         again.discard(oid(2), TID)
         fill(again, 3)
         assert held(again) == [1]
+        with pytest.raises(OSError, match="boot"):
+            again.current_size()
     finally:
         marker.chmod(0o600)
 

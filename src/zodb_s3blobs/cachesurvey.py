@@ -77,9 +77,14 @@ class Survey:
             return not rows.is_complete
 
     def complete(self) -> None:
-        """Learn of all files, as after the index was lost."""
+        """Learn of all files, as after the index was lost.
+
+        :raises OSError: when nobody can tell which of them may be short.
+        """
         with self._index.writing() as rows:
             is_complete = rows.is_complete
+        if not is_complete and not self._is_begun:
+            raise OSError(f"{self._marker} cannot be read")
         # Until then nobody adds or evicts.
         if not is_complete and (count := self._files.take_over()):
             logger.info("files of an older package taken over count=%d", count)
