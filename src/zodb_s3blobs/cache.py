@@ -212,8 +212,9 @@ class S3BlobCache:
             return self._temporaries.file()
         except OSError as error:
             self._complain(error)
+            is_full = error.errno in DISK_FULL
         try:
-            if self.shed(0):
+            if is_full and self.shed(0):
                 return self._temporaries.file()
         except OSError as error:
             self._complain(error)
@@ -239,10 +240,13 @@ class S3BlobCache:
 
     def release(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Give back the room of files that will not be put, named as it was reserved."""
+        self._release([name_of(oid, tid) for oid, tid in entries])
+
+    def _release(self, names: list[str]) -> None:
         with self._changing() as change:
-            for oid, tid in entries:
-                if not os.path.exists(self.path(oid, tid)):
-                    change.rows.remove(name_of(oid, tid))
+            for name in names:
+                if not os.path.exists(self._files.path(name)):
+                    change.rows.remove(name)
 
     def put(self, oid: bytes, tid: bytes, source_path: str) -> str:
         """Move a complete file into the cache and return its path there.
@@ -256,7 +260,8 @@ class S3BlobCache:
         size = os.path.getsize(source_path)
         try:
             near = self._bring_near(source_path)
-            while size <= self.max_size:
+            attempts = EVICTION_ATTEMPTS if size <= self.max_size else 0
+            for _attempt in range(attempts):
                 # The row is committed before the file comes, lest a crash in between leave a
                 # file without a row; in that moment others may evict the row.
                 self._reserve([(name, size)])
@@ -267,15 +272,12 @@ class S3BlobCache:
             self._complain(error)
             if not os.path.exists(near) and os.path.exists(path := self._files.path(name)):
                 return path  # moved before the error
-            self._give_back([name])
+            self._give_back(name)
         return self._overflow.keep(name, near)
 
-    def _give_back(self, names: list[str]) -> None:
+    def _give_back(self, name: str) -> None:
         try:
-            with self._changing() as change:
-                for name in names:
-                    if not os.path.exists(self._files.path(name)):
-                        change.rows.remove(name)
+            self._release([name])
         except OSError:
             pass  # the row takes room until its turn comes
 

@@ -37,7 +37,7 @@ BUSY_TIMEOUT = 10.0
 # Seconds between looks at a lock that somebody else has: not growing much, lest whoever begins to
 # wait later come first.
 FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.003
-# Seconds to wait for SQLite's own locks, which only a process that closes the index has.
+# Seconds to wait for SQLite's own locks, which only somebody has who looks in by hand.
 SQLITE_TIMEOUT = 2.0
 # Bytes that the journal keeps on disk when it is not needed
 JOURNAL_LIMIT = 4 << 20
@@ -339,11 +339,11 @@ class CacheIndex:
         raise AssertionError("unreachable")
 
     def _try_begin(self) -> sqlite3.Connection:
+        if self._connection is not None:
+            self._roll_back(self._connection)  # of whoever was interrupted
         if self._connection is None or self._identity != self._identify():
             self._close()
             self._connection = self._open()
-        # Of whoever was interrupted
-        self._roll_back(self._connection)
         self._connection.execute("BEGIN IMMEDIATE")
         return self._connection
 

@@ -107,8 +107,9 @@ class Survey:
             try:
                 found = self._files.listing(directory)
             except OSError as error:
+                # Not noted, so that the next opening tries again.
                 logger.warning("cache directory cannot be read: %s", error)
-                found = {}
+                continue
             seen += len(found)
             if self._is_doubtful(self._files.modified(directory)):
                 for name in found:
@@ -125,11 +126,11 @@ class Survey:
         """Compare all files and rows; return one sentence for each difference."""
         findings: list[str] = []
         with self._index.writing() as rows:
-            size = rows.total
-            if size != (real := rows.sum()):
-                findings.append(f"the index counts {size} bytes, its files have {real}")
+            size = rows.sum()
+            if size != rows.total:
+                findings.append(f"the index counts {rows.total} bytes, its files have {size}")
                 if fix:
-                    rows.total = real
+                    rows.total = size
         present = sorted(self._files.directories())
         for start in range(0, 0x1000, STRIDE):
             low, end = f"{start:03x}/", start + STRIDE
@@ -174,6 +175,7 @@ class Survey:
     ) -> int:
         """Add a sentence for each difference; return by how many bytes files exceed the rows."""
         known, found = rows.between(low, high), {}
+        read: list[str] = []
         doubtful: set[str] = set()
         for directory in directories:
             try:
@@ -182,6 +184,7 @@ class Survey:
                 findings.append(f"the directory {directory} cannot be read: {error}")
                 known = {name: size for name, size in known.items() if name[:3] != directory}
                 continue
+            read.append(directory)
             found.update(listing)
             if self._is_doubtful(self._files.modified(directory)):
                 doubtful.update(listing)
@@ -193,7 +196,7 @@ class Survey:
             if fix:
                 self._mend(rows, name, found.get(name), name in known or name in doubtful)
         if fix:
-            rows.note({name: self._files.modified(name) for name in directories})
+            rows.note({name: self._files.modified(name) for name in read})
         return sum(size for size, _used in found.values()) - sum(known.values())
 
     def _mend(

@@ -11,11 +11,9 @@ import logging
 import os
 from typing import Any
 
-from ZODB.blob import rename_or_copy_blob
 from ZODB.POSException import StorageTransactionError
 from ZODB.utils import z64
 
-from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
@@ -93,30 +91,6 @@ class TransactionBlobs:
             # Whatever it was, an interruption included.
             self.phase = Phase.DOOMED
             raise
-
-    def take_over(self, blobfilename: str) -> str:
-        """Move a file to a name that no other transaction shares, and return that.
-
-        :raises OSError: when it can be neither renamed nor copied.
-        """
-        path = self._services.temporary_file()
-        try:
-            self._move(blobfilename, path)
-        except BaseException:
-            remove_quietly(path)  # half of a copy, of which nobody else knows
-            raise
-        return path
-
-    def _move(self, source: str, path: str) -> None:
-        try:
-            rename_or_copy_blob(source, path, chmod=False)
-        except OSError as error:
-            # A copy does not fit: what is cached is worth less than what is committed.
-            size = os.path.getsize(source)
-            if error.errno not in DISK_FULL or not self._services.cache.shed(size):
-                raise
-            remove_quietly(path)
-            rename_or_copy_blob(source, path, chmod=False)
 
     def stage(
         self,

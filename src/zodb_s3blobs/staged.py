@@ -6,6 +6,9 @@ import os
 import time
 from typing import Any
 
+from ZODB.blob import rename_or_copy_blob
+
+from .interfaces import DISK_FULL
 from .keys import blob_key
 from .keys import TID_SIZE
 from .openkeys import OpenKeys
@@ -63,7 +66,7 @@ class StagedBlob:
 
 
 class BlobServices:
-    """What transactions share: where staged files go, how they are uploaded, who may delete.
+    """What transactions share: how files are staged, how they are uploaded, who may delete.
 
     :param temporary_file: returns a path for a staged file, which nobody else uses.
     :param float grace: seconds that an object without a reference is left alone by sweeps.
@@ -88,6 +91,30 @@ class BlobServices:
         self.temporary_file = temporary_file
         self.grace = grace
         self.clocks = clocks
+
+    def take_over(self, blobfilename: str) -> str:
+        """Move a file to a name that no other transaction shares, and return that.
+
+        :raises OSError: when it can be neither renamed nor copied.
+        """
+        path = self.temporary_file()
+        try:
+            self._move(blobfilename, path)
+        except BaseException:
+            remove_quietly(path)  # half of a copy, of which nobody else knows
+            raise
+        return path
+
+    def _move(self, source: str, path: str) -> None:
+        try:
+            rename_or_copy_blob(source, path, chmod=False)
+        except OSError as error:
+            # A copy does not fit: what is cached is worth less than what is committed.
+            size = os.path.getsize(source)
+            if error.errno not in DISK_FULL or not self.cache.shed(size):
+                raise
+            remove_quietly(path)
+            rename_or_copy_blob(source, path, chmod=False)
 
 
 def new_path(directory: str) -> str:

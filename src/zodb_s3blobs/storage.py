@@ -270,7 +270,7 @@ class S3BlobStorage:
         if self.__kind.tells_tid:
             # A record with a reference was imported from another database.
             record = self.__records.without_reference(data)
-            path = blobs.take_over(blobfilename)
+            path = self.__services.take_over(blobfilename)
             try:
                 result = self.__base.store(oid, oldserial, record, "", transaction)
             except BaseException:
@@ -293,7 +293,7 @@ class S3BlobStorage:
                 f" and where a {type(innermost(self.__base)).__name__} keeps it only a reference"
                 " in its record can tell"
             ) from error
-        path = blobs.take_over(blobfilename)
+        path = self.__services.take_over(blobfilename)
         with blobs.following():
             blobs.stage(oid, path, is_new, stamp, store)
         return None
@@ -304,7 +304,7 @@ class S3BlobStorage:
     ) -> Any:  # fmt: skip
         """Restore a record as it is, and its blob under its reference or the revision's tid."""
         blobs = self.__blobs(transaction)
-        path = blobs.take_over(blobfilename)
+        path = self.__services.take_over(blobfilename)
         try:
             result = self.__base.restore(oid, serial, data, "", prev_txn, transaction)
         except BaseException:
