@@ -26,7 +26,8 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import z64
 
 from zodb_s3blobs import cache as cache_module
-from zodb_s3blobs import cacheindex
+from zodb_s3blobs import cachechange
+from zodb_s3blobs import directorylock
 from zodb_s3blobs.cache import S3BlobCache
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.sources import BlobDirSource
@@ -1359,11 +1360,12 @@ def time(monkeypatch):
     """The `Time` of the cache and its index."""
     time = Time()
     monkeypatch.setattr(cache_module, "time", time)
-    monkeypatch.setattr(cacheindex, "time", time)
+    monkeypatch.setattr(cachechange, "time", time)
+    monkeypatch.setattr(directorylock, "time", time)
     return time
 
 
-WAIT = cacheindex.BUSY_TIMEOUT
+WAIT = directorylock.BUSY_TIMEOUT
 
 
 class TestHeldIndex:
@@ -1378,12 +1380,12 @@ class TestHeldIndex:
             site.read(number)
         assert WAIT <= time.slept < WAIT + 1
         assert site.downloads == 6
-        time.now += cache_module.REST + 1
+        time.now += cachechange.REST + 1
         for number in range(7, 10):
             site.read(number)
         assert 2 * WAIT <= time.slept < 2 * WAIT + 2
         go_on()
-        time.now += cache_module.REST + 1
+        time.now += cachechange.REST + 1
         site.check_caching(10, 11)
         check_sound(site.cache)
         site.close()
@@ -1400,7 +1402,7 @@ class TestHeldIndex:
             site.read(number)
         assert temporaries(site.cache)  # where it was read from
         go_on()
-        time.now += cache_module.REST + 1
+        time.now += cachechange.REST + 1
         site.check_caching(1, 2)
         check_sound(site.cache)
         site.close()
@@ -1419,7 +1421,7 @@ class TestHeldIndex:
         assert WAIT <= time.slept < WAIT + 1
         site.check_bucket()
         go_on()
-        time.now += cache_module.REST + 1
+        time.now += cachechange.REST + 1
         site.check_caching(99, 1)
         check_sound(site.cache)
         site.close()
@@ -1436,15 +1438,15 @@ class TestHeldIndex:
         assert site.downloads == 4
         assert WAIT <= time.slept < WAIT + 1
         go_on()
-        time.now += cache_module.REST + 1
+        time.now += cachechange.REST + 1
         site.check_caching(*range(6, 9))
         check_sound(site.cache)
         site.close()
 
     def test_threads_that_wait_together_are_served(self, site, hold, monkeypatch):
         """Those that wait for each other inside the process, too."""
-        monkeypatch.setattr(cacheindex, "BUSY_TIMEOUT", 0.2)
-        monkeypatch.setattr(cache_module, "REST", 0.0)
+        monkeypatch.setattr(directorylock, "BUSY_TIMEOUT", 0.2)
+        monkeypatch.setattr(cachechange, "REST", 0.0)
         site.open("cache")
         go_on = hold(site.cache)
         threads = [start(site.read, number) for number in range(1, 13)]

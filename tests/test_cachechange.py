@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from zodb_s3blobs import cache as cache_module
 from zodb_s3blobs import cachechange
 
 from .test_cache import assert_sound
@@ -184,9 +183,9 @@ def test_room_is_found_soon_though_all_files_are_in_use(open_cache, monkeypatch)
         fill(cache, number)
     for number in range(100):
         os.utime(cache.path(oid(number), TID), (3000 - number, 3000 - number))
-    monkeypatch.setattr(cache_module, "IN_VAIN", 2)
+    monkeypatch.setattr(cachechange, "IN_VAIN", 2)
     pauses = []
-    monkeypatch.setattr(cache_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(cachechange.time, "sleep", pauses.append)
     fill(cache, 200)
     assert len(pauses) == 2
     assert len(held(cache)) == 100

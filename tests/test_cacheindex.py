@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from zodb_s3blobs.cacheindex import CacheIndex
-from zodb_s3blobs.cacheindex import IndexBusy
+from zodb_s3blobs.directorylock import DirectoryBusy
 
 from .faults import in_child
 
@@ -170,11 +170,11 @@ def test_one_writer_at_a_time(path):
 
 def test_lock_held_for_too_long_is_an_os_error(path, monkeypatch):
     """A stopped process does not stop the others for ever."""
-    monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 0.2)
+    monkeypatch.setattr("zodb_s3blobs.directorylock.BUSY_TIMEOUT", 0.2)
     index, other = CacheIndex(path), CacheIndex(path)
     with index.writing() as rows:
         rows.put("a", 10, 1.0)
-        with pytest.raises(IndexBusy, match="index of the blob cache"), other.writing():
+        with pytest.raises(DirectoryBusy, match="too long"), other.writing():
             pass
     with other.writing() as rows:
         assert rows.total == 10
@@ -184,7 +184,7 @@ def test_lock_held_for_too_long_is_an_os_error(path, monkeypatch):
 
 def test_thread_that_holds_the_lock_for_too_long_is_an_os_error(path, monkeypatch):
     """Nothing waits without a bound, among threads either."""
-    monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 0.2)
+    monkeypatch.setattr("zodb_s3blobs.directorylock.BUSY_TIMEOUT", 0.2)
     index = CacheIndex(path)
     errors = []
 
@@ -192,7 +192,7 @@ def test_thread_that_holds_the_lock_for_too_long_is_an_os_error(path, monkeypatc
         try:
             with index.writing():
                 pass
-        except IndexBusy as error:
+        except DirectoryBusy as error:
             errors.append(error)
 
     with index.writing() as rows:
@@ -311,7 +311,7 @@ def test_fork_waits_for_the_change_of_another_thread(path):
 
 def test_fork_does_not_wait_for_another_process(path, monkeypatch):
     """A thread that waits for the directory holds nothing that a fork needs."""
-    monkeypatch.setattr("zodb_s3blobs.cacheindex.BUSY_TIMEOUT", 5.0)
+    monkeypatch.setattr("zodb_s3blobs.directorylock.BUSY_TIMEOUT", 5.0)
     index, other = CacheIndex(path), CacheIndex(path)
     waits = threading.Event()
     errors = []
@@ -321,7 +321,7 @@ def test_fork_does_not_wait_for_another_process(path, monkeypatch):
         try:
             with index.writing():
                 pass
-        except IndexBusy as error:
+        except DirectoryBusy as error:
             errors.append(error)
 
     with other.writing():

@@ -295,7 +295,6 @@ def test_file_that_may_be_short_is_not_served_while_nobody_can_look(open_cache, 
     another_boot(cache)
     os.chmod(path, 0o600)
     os.truncate(path, 3)
-    monkeypatch.setattr(cache_module, "REST", 0.0)
     monkeypatch.setattr(cache_module, "RETRY", 0.0)
     directories = [*Path(cache.cache_dir).glob("*/"), Path(cache.cache_dir)]
     files = [file for file in Path(cache.cache_dir).iterdir() if file.is_file()]

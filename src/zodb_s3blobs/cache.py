@@ -30,13 +30,14 @@ from ZODB.blob import rename_or_copy_blob
 from zope.interface import implementer
 
 from .cachechange import Change
+from .cachechange import Changes
 from .cachechange import Patience
 from .cachefiles import CacheFiles
 from .cachefiles import name_of
 from .cacheindex import CacheIndex
-from .cacheindex import IndexBusy
 from .cacheindex import IndexDamaged
 from .cachesurvey import Survey
+from .directorylock import DirectoryBusy
 from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
 from .interfaces import IS3BlobCache
@@ -50,12 +51,8 @@ logger = logging.getLogger(__name__)
 
 GiB = 1 << 30
 
-# Seconds for which an eviction of many files lets others have the lock after each batch, and after
-# how many of them that freed nothing it takes what there is.
-PAUSE, IN_VAIN = 0.002, 16
-# Seconds for which the index is left alone when somebody has held it for too long, and between two
-# lines of the log about the same trouble.
-REST = 30.0
+# Seconds between two lines of the log about the same trouble
+SILENCE = 30.0
 # Seconds after which files are looked at again that after a boot nobody could look at
 RETRY = 1.0
 # What is evicted at least when the disk is full, in bytes, and how often.
@@ -89,10 +86,17 @@ class S3BlobCache:
         self._files = CacheFiles(self.cache_dir)
         self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"))
         self._survey = Survey(self._files, self._index, clock)
+        self._changes = Changes(
+            self._index,
+            self._survey.some,
+            lambda rows: Change(
+                self._files, rows, self.max_size, self._clock(), self._temporaries.file
+            ),
+        )
         self._single_flight = SingleFlight(os.path.join(self.cache_dir, "lock"))
         self._overflow = Overflow()
         # Times of the monotonic clock
-        self._rests_until = self._silent_until = self._catches_up_at = 0.0
+        self._silent_until = self._catches_up_at = 0.0
         self._is_sure = False
         # The thread that does, by process; setdefault decides
         self._catching_up: dict[int, int] = {}
@@ -116,8 +120,8 @@ class S3BlobCache:
         except OSError as error:
             # A site whose cache fails is slow; one that does not start is no site.
             self._complain(error)
-            if isinstance(error, IndexBusy):
-                self._rests_until = time.monotonic() + REST
+            if isinstance(error, DirectoryBusy):
+                self._changes.rest()
         self._is_sure = self._survey.is_sure
 
     def close(self) -> None:
@@ -191,7 +195,7 @@ class S3BlobCache:
         while removed < byte_count:
             change = None
             try:
-                with self._changing() as change:
+                with self._changes.one() as change:
                     change.free(byte_count - removed, Patience.LOST)
             except OSError as error:
                 # On a full disk the index may refuse, too, though the files are gone by then.
@@ -236,14 +240,14 @@ class S3BlobCache:
                 wanted.pop()
             return not wanted
 
-        self._until_done(reserve)
+        self._changes.until_done(reserve)
 
     def release(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
         """Give back the room of files that will not be put, named as it was reserved."""
         self._release([name_of(oid, tid) for oid, tid in entries])
 
     def _release(self, names: list[str]) -> None:
-        with self._changing() as change:
+        with self._changes.one() as change:
             for name in names:
                 if not os.path.exists(self._files.path(name)):
                     change.rows.remove(name)
@@ -265,7 +269,7 @@ class S3BlobCache:
                 # The row is committed before the file comes, lest a crash in between leave a
                 # file without a row; in that moment others may evict the row.
                 self._reserve([(name, size)])
-                with self._changing() as change:
+                with self._changes.one() as change:
                     if name in change.rows:
                         return change.place(near, name)
         except OSError as error:
@@ -302,13 +306,13 @@ class S3BlobCache:
         lost: set[str] = set()
         if any(reserved != tid for _oid, tid, _path, reserved in near):
             # Committed before the files come, lest a crash leave one without a row.
-            with self._changing() as change:
+            with self._changes.one() as change:
                 for oid, tid, _path, reserved in near:
                     if name_of(oid, reserved) not in change.rows:
                         lost.add(name_of(oid, tid))
                     elif reserved != tid:
                         change.rows.rename(name_of(oid, reserved), name_of(oid, tid))
-        with self._changing() as change:
+        with self._changes.one() as change:
             for oid, tid, path, _reserved in near:
                 name = name_of(oid, tid)
                 if name in change.rows and name not in lost:
@@ -320,7 +324,7 @@ class S3BlobCache:
         """Remove a file, and its directory with the last one; if that fails, it grows old here."""
         try:
             if os.path.exists(self.path(oid, tid)):
-                with self._changing() as change:
+                with self._changes.one() as change:
                     change.remove(name_of(oid, tid))
         except OSError as error:
             self._complain(error)
@@ -361,53 +365,12 @@ class S3BlobCache:
             self._remove_dead()
         return findings
 
-    # Changing
-
-    @contextmanager
-    def _changing(self) -> Iterator[Change]:
-        """Hold the lock of the directory.
-
-        :raises OSError: when that is not possible now, or some files are not known yet.
-        """
-        if time.monotonic() < self._rests_until:
-            raise IndexBusy("the index of the blob cache is left alone for a while")
-        change = None
-        try:
-            with self._index.writing() as rows:
-                if self._survey.some(rows):
-                    change = Change(
-                        self._files, rows, self.max_size, self._clock(), self._temporaries.file
-                    )
-                    yield change
-                    change.end()
-        except IndexBusy:
-            self._rests_until = time.monotonic() + REST
-            raise
-        finally:
-            if change is not None:
-                change.clean_up()
-        if change is None:
-            raise OSError("the index of the blob cache is being made anew")
-
     def _make_room(self) -> None:
-        self._until_done(
+        self._changes.until_done(
             lambda change, patience: change.free(change.rows.total - self.max_size, patience)
         )
 
-    def _until_done(self, step: Callable[[Change, Patience], bool]) -> None:
-        """Repeat what takes several batches."""
-        in_vain = 0
-        while True:
-            patience = Patience.TRIED if in_vain else Patience.FRESH
-            if in_vain >= IN_VAIN:
-                patience = Patience.LOST
-            with self._changing() as change:
-                if step(change, patience):
-                    return
-            if patience is Patience.LOST and change.refused and not change.freed:
-                raise PermissionError(f"files cannot be removed from {self.cache_dir}")
-            in_vain = 0 if change.freed else in_vain + 1
-            time.sleep(PAUSE)
+    # Trouble
 
     def _remove_dead(self) -> None:
         self._temporaries.remove_dead()
@@ -415,7 +378,7 @@ class S3BlobCache:
 
     def _complain(self, error: OSError) -> None:
         if time.monotonic() > self._silent_until:
-            self._silent_until = time.monotonic() + REST
+            self._silent_until = time.monotonic() + SILENCE
             logger.warning(
                 "cache cannot be used, blobs are served all the same path=%s: %s (owner, mode and"
                 " space of the directory? It is tried again)",

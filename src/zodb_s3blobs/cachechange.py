@@ -2,23 +2,33 @@
 
 from collections.abc import Callable
 from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import closing
+from contextlib import contextmanager
 from enum import auto
 from enum import Enum
 import heapq
 import itertools
 import logging
 import os
+import time
 
 from .cachefiles import CacheFiles
 from .cachefiles import directory_of
+from .cacheindex import CacheIndex
 from .cacheindex import IndexRows
+from .directorylock import DirectoryBusy
 
 
 logger = logging.getLogger(__name__)
 
 # Files that are looked at before other processes have their turn; as many when that was in vain.
 BATCH, LARGE_BATCH = 64, 1000
+# Seconds for which others have the lock after each batch, and after how many of them that freed
+# nothing an eviction takes what there is.
+PAUSE, IN_VAIN = 0.002, 16
+# Seconds for which the lock is left alone when somebody has held it for too long.
+REST = 30.0
 # To remove more bytes takes so long that the file is renamed now and removed later.
 LARGE = 8 << 20
 
@@ -198,3 +208,72 @@ def _refuse(refused: list[str], name: str, error: OSError) -> None:
     # Another user's. It goes behind, lest it keep all others from being evicted.
     logger.warning("cached file cannot be removed: %s", error)
     refused.append(name)
+
+
+class Changes:
+    """Takes the lock for a change, or for as many as it needs.
+
+    :param is_known: learns of some files that the index does not know; returns whether it now
+        knows all.
+    :param new_change: returns a `Change` of rows.
+    """
+
+    def __init__(
+        self,
+        index: CacheIndex,
+        is_known: Callable[[IndexRows], bool],
+        new_change: Callable[[IndexRows], Change],
+    ) -> None:
+        self._index = index
+        self._is_known = is_known
+        self._new_change = new_change
+        # Of the monotonic clock
+        self._rests_until = 0.0
+
+    def rest(self) -> None:
+        """Leave the lock alone for a while: whoever waited for it in vain does so once."""
+        self._rests_until = time.monotonic() + REST
+
+    @contextmanager
+    def one(self) -> Iterator[Change]:
+        """Hold the lock of the directory for a change, which is kept unless an error leaves.
+
+        :raises DirectoryBusy: when others have held it for too long, now or a moment ago.
+        :raises OSError: when the index cannot be used, or does not know all files yet.
+        """
+        if time.monotonic() < self._rests_until:
+            raise DirectoryBusy("the index of the blob cache is left alone for a while")
+        change = None
+        try:
+            with self._index.writing() as rows:
+                if self._is_known(rows):
+                    change = self._new_change(rows)
+                    yield change
+                    change.end()
+        except DirectoryBusy:
+            self.rest()
+            raise
+        finally:
+            if change is not None:
+                change.clean_up()
+        if change is None:
+            raise OSError("the index of the blob cache is being made anew")
+
+    def until_done(self, step: Callable[[Change, Patience], bool]) -> None:
+        """Repeat what takes several batches, with the lock let go of in between.
+
+        :param step: returns whether it is done.
+        :raises OSError: as `one`, or when no file can be removed.
+        """
+        in_vain = 0
+        while True:
+            patience = Patience.TRIED if in_vain else Patience.FRESH
+            if in_vain >= IN_VAIN:
+                patience = Patience.LOST
+            with self.one() as change:
+                if step(change, patience):
+                    return
+            if patience is Patience.LOST and change.refused and not change.freed:
+                raise PermissionError("files of the blob cache cannot be removed")
+            in_vain = 0 if change.freed else in_vain + 1
+            time.sleep(PAUSE)

@@ -13,16 +13,17 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from contextlib import closing
 from contextlib import contextmanager
-import fcntl
 import logging
 import os
-import random
 import sqlite3
 import threading
 import time
 from typing import Any
 from typing import TypeVar
 import weakref
+
+from .directorylock import DirectoryBusy
+from .directorylock import DirectoryLock
 
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,8 @@ T = TypeVar("T")
 Row = tuple[str, int, float]
 
 VERSION = 2
-# Seconds until a process gives up waiting for the others.
-BUSY_TIMEOUT = 10.0
-# Seconds between looks at a lock that somebody else has: not growing much, lest whoever begins to
-# wait later come first.
-FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.003
-# Seconds to wait for SQLite's own locks, which only somebody has who looks in by hand.
-SQLITE_TIMEOUT = 2.0
+# Seconds between looks at SQLite's own locks, and for how long: only who looks in by hand has them.
+SQLITE_PAUSE, SQLITE_TIMEOUT = 0.003, 2.0
 # Bytes that the journal keeps on disk when it is not needed
 JOURNAL_LIMIT = 4 << 20
 # What SQLite says of the machine; whatever else it says is said of a damaged index.
@@ -57,10 +53,6 @@ CREATE TABLE directory (name TEXT PRIMARY KEY, modified INTEGER NOT NULL) WITHOU
 CREATE TABLE state (bytes INTEGER NOT NULL, complete INTEGER NOT NULL);
 INSERT INTO state VALUES (0, 0);
 """
-
-
-class IndexBusy(OSError):
-    """Another process or thread has held the index for too long."""
 
 
 class IndexDamaged(OSError):
@@ -208,9 +200,7 @@ class CacheIndex:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._directory = os.path.dirname(path)
-        # Held no longer than the lock of the directory is, lest a fork wait for another process.
-        self._lock = threading.Lock()
+        self._lock = DirectoryLock(os.path.dirname(path))
         # Guarded by _lock: _connection and _identity, what was under the path when it was opened.
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, ...] | None = None
@@ -220,10 +210,10 @@ class CacheIndex:
     def writing(self) -> Iterator[IndexRows]:
         """Hold the lock of the directory; what was changed is kept unless an error leaves.
 
-        :raises IndexBusy: when others hold it for too long.
+        :raises DirectoryBusy: when others hold it for too long.
         :raises OSError: when the index cannot be opened, or has just been found damaged.
         """
-        with self._holding():
+        with self._lock.held():
             connection = self._begin()
             try:
                 rows = IndexRows(connection)
@@ -239,7 +229,7 @@ class CacheIndex:
 
     def verify(self) -> None:
         """Read all of the index, and give it up if it is damaged."""
-        with self._holding():
+        with self._lock.held():
             try:
                 connection = self._begin()
                 try:
@@ -255,7 +245,7 @@ class CacheIndex:
                     raise failure from error
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock.threads:
             self._close()
 
     def _close(self) -> None:
@@ -265,66 +255,13 @@ class CacheIndex:
             self._connection.close()
             self._connection = None
 
-    # The lock
-
-    @contextmanager
-    def _holding(self) -> Iterator[None]:
-        deadline, pause = time.monotonic() + BUSY_TIMEOUT, FIRST_PAUSE
-        while (directory := self._try_lock()) is None:
-            if time.monotonic() > deadline:
-                raise IndexBusy(f"others hold the index of the blob cache, {self._path}, too long")
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 1.5, LONGEST_PAUSE)
-        try:
-            yield
-        finally:
-            # Not only closed: a process that is just being started may have a copy.
-            fcntl.flock(directory, fcntl.LOCK_UN)
-            os.close(directory)
-            self._lock.release()
-
-    def _try_lock(self) -> int | None:
-        """Take the lock of the threads and that of the directory, return the directory's; or None.
-
-        :raises OSError: when there can be no directory.
-        """
-        if not self._lock.acquire(timeout=LONGEST_PAUSE):
-            return None
-        directory = None
-        try:
-            directory = self._open_directory()
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(self._directory), os.fstat(directory)):
-                return directory
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            # Whatever it was, nobody else gives the lock back.
-            self._give_up(directory)
-            raise
-        self._give_up(directory)
-        return None
-
-    def _open_directory(self) -> int:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        try:
-            return os.open(self._directory, flags)
-        except FileNotFoundError:
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            return os.open(self._directory, flags)
-
-    def _give_up(self, directory: int | None) -> None:
-        if directory is not None:
-            os.close(directory)
-        self._lock.release()
-
     def before_fork(self) -> None:
         """Leave nothing open: SQLite's locks belong to the process, its memory of them does not."""
-        self._lock.acquire()
+        self._lock.threads.acquire()
         self._close()
 
     def after_fork(self) -> None:
-        self._lock.release()
+        self._lock.threads.release()
 
     # The connection, while the lock is held
 
@@ -395,7 +332,7 @@ class CacheIndex:
         """Return the error for the caller; a damaged index goes, and the next use makes one."""
         # One that was opened while the disk was read-only stays so.
         self._close()
-        kind: type[OSError] = IndexBusy if "locked" in str(error) else OSError
+        kind: type[OSError] = DirectoryBusy if "locked" in str(error) else OSError
         if not _is_the_machine(error):
             kind = IndexDamaged
             if self._identity == self._identify():
@@ -425,7 +362,7 @@ def _patiently(function: Callable[[], T]) -> T:
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
-        time.sleep(LONGEST_PAUSE)
+        time.sleep(SQLITE_PAUSE)
 
 
 def _statements(script: str) -> Iterator[str]:
