@@ -82,6 +82,7 @@ def test_defaults_are_those_of_the_documentation(text):
         "sources": [],
         "s3_prefix": "",
         "s3_endpoint_url": None,
+        "s3_public_endpoint_url": None,
         "s3_region": None,
         "s3_access_key": None,
         "s3_secret_key": None,

@@ -104,6 +104,9 @@ class Base(Protocol):
     #: whether a transaction knows its tid as soon as it has begun
     tells_tid: bool
 
+    #: whether others cannot commit from the moment a transaction has begun
+    locks_at_begin: bool
+
     #: whether revisions stay that are no longer current, until a pack
     keeps_history: bool
 

@@ -25,6 +25,7 @@ import logging
 import os
 import threading
 import time
+from typing import NamedTuple
 
 from ZODB.blob import rename_or_copy_blob
 from zope.interface import implementer
@@ -40,9 +41,11 @@ from .cachesurvey import Survey
 from .directorylock import DirectoryBusy
 from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
+from .interfaces import FILES_AT_ONCE
 from .interfaces import IS3BlobCache
 from .overflow import Overflow
 from .singleflight import SingleFlight
+from .stats import CacheCounters
 from .tempdirs import remove_old
 from .tempdirs import TempFiles
 
@@ -83,6 +86,7 @@ class S3BlobCache:
         except OSError:
             self.temp_dir = os.path.dirname(self._temporaries.elsewhere())
         self._clock = clock
+        self.counters = CacheCounters()
         self._files = CacheFiles(self.cache_dir)
         self._index = CacheIndex(os.path.join(self.cache_dir, "index.sqlite"))
         self._survey = Survey(self._files, self._index, clock)
@@ -92,6 +96,7 @@ class S3BlobCache:
             lambda rows: Change(
                 self._files, rows, self.max_size, self._clock(), self._temporaries.file
             ),
+            self.counters,
         )
         self._single_flight = SingleFlight(os.path.join(self.cache_dir, "lock"))
         self._overflow = Overflow()
@@ -150,6 +155,17 @@ class S3BlobCache:
             return path if os.path.exists(path) else self._overflow.get(name_of(oid, tid))
         return path
 
+    def size(self, oid: bytes, tid: bytes) -> int | None:
+        """Return the bytes of a cached file, which do not count as used by that, else None."""
+        paths = [self.path(oid, tid)] if self._is_sure else []
+        for path in (*paths, self._overflow.get(name_of(oid, tid))):
+            try:
+                if path is not None:
+                    return os.path.getsize(path)
+            except OSError:
+                pass
+        return None
+
     def fill(self, oid: bytes, tid: bytes, fetch: Callable[[str], None]) -> str:
         """Return the path of a file that is fetched unless another process has just done so.
 
@@ -171,6 +187,16 @@ class S3BlobCache:
                     if attempt == EVICTION_ATTEMPTS:
                         raise
             raise AssertionError("unreachable")
+
+    def begin_filling(self, oid: bytes, tid: bytes) -> "Filling | None":
+        """Begin to fill a file unless another process of this host does so.
+
+        The directory of its path may have gone since the last one: then `fill` can help.
+
+        :raises OSError: when there can be no file.
+        """
+        end = self._single_flight.begin(name_of(oid, tid))
+        return None if end is None else Filling(self._temporaries.one_more(), end)
 
     @contextmanager
     def filling(self, oid: bytes, tid: bytes) -> Iterator[None]:
@@ -234,10 +260,13 @@ class S3BlobCache:
 
     def _reserve(self, wanted: list[tuple[str, int]]) -> None:
         wanted = [(name, size) for name, size in reversed(wanted) if size <= self.max_size]
+        # What does not fit together comes one after the other, and the last ones stay.
+        together = sum(size for _name, size in wanted) <= self.max_size
+        at_a_time = FILES_AT_ONCE if together else 1
 
         def reserve(change: Change, patience: Patience) -> bool:
-            while wanted and change.reserve(*wanted[-1], patience):
-                wanted.pop()
+            while wanted and change.reserve(*wanted[-at_a_time:], patience=patience):
+                del wanted[-at_a_time:]
             return not wanted
 
         self._changes.until_done(reserve)
@@ -260,10 +289,37 @@ class S3BlobCache:
 
         :raises FileNotFoundError: when there is no such file.
         """
-        name, near = name_of(oid, tid), source_path
-        size = os.path.getsize(source_path)
+        return self._put_alone(_Newcomer(name_of(oid, tid), source_path))
+
+    def put_all(self, entries: Sequence[tuple[bytes, bytes, str]]) -> list[str | None]:
+        """Move complete files into the cache, and take its lock as often as for one.
+
+        :param entries: (oid, tid, source_path), each revision once, up to ``FILES_AT_ONCE``.
+        :returns: their paths; None for a file that was left where it is: try `put`.
+        """
+        newcomers = [_Newcomer(name_of(oid, tid), path) for oid, tid, path in entries]
+        by_name = {newcomer.name: newcomer for newcomer in newcomers}
         try:
-            near = self._bring_near(source_path)
+            directories = {os.path.dirname(newcomer.source_path) for newcomer in newcomers}
+            if any(map(self._is_far, directories)):
+                return [None] * len(newcomers)  # to copy takes long
+            for newcomer in newcomers:
+                os.chmod(newcomer.source_path, 0o400)
+            self._reserve([(newcomer.name, newcomer.size) for newcomer in newcomers])
+            with self._changes.one() as change:
+                # Others may have evicted rows in between.
+                there = list(change.rows.sizes(list(by_name)))
+                files = [(by_name[name].source_path, name) for name in there]
+                for name, path in zip(there, change.place_all(files), strict=True):
+                    by_name[name].path = path
+        except OSError:
+            pass  # it shows again, for the file that it concerns
+        return [newcomer.path for newcomer in newcomers]
+
+    def _put_alone(self, newcomer: "_Newcomer") -> str:
+        name, near, size = newcomer.name, newcomer.source_path, newcomer.size
+        try:
+            near = self._bring_near(near)
             attempts = EVICTION_ATTEMPTS if size <= self.max_size else 0
             for _attempt in range(attempts):
                 # The row is committed before the file comes, lest a crash in between leave a
@@ -344,6 +400,25 @@ class S3BlobCache:
         with self._index.writing() as rows:
             return rows.total
 
+    def usage(self) -> dict[str, float | None]:
+        """Return ``cache_bytes``, ``cache_max_bytes``, and ``cache_age_seconds`` of what goes next.
+
+        What cannot be told is None.
+        """
+        total: int | None = None
+        age: float | None = None
+        try:
+            with self._index.writing() as rows:
+                total, used = rows.total, rows.first_use()
+            age = None if used is None else max(0.0, self._clock() - used)
+        except OSError as error:
+            self._complain(error)
+        return {
+            "cache_bytes": total,
+            "cache_max_bytes": self.max_size,
+            "cache_age_seconds": age,
+        }
+
     def check(self, fix: bool = False) -> list[str]:
         """Compare the index with the files; return one sentence for each difference.
 
@@ -380,21 +455,22 @@ class S3BlobCache:
         if time.monotonic() > self._silent_until:
             self._silent_until = time.monotonic() + SILENCE
             logger.warning(
-                "cache cannot be used, blobs are served all the same path=%s: %s (owner, mode and"
-                " space of the directory? It is tried again)",
+                "cache cannot be used, blobs are served all the same path=%s: %s",
                 self.cache_dir,
-                error,
+                f"{error} (owner, mode and space of the directory? It is tried again)",
             )
+
+    def _is_far(self, directory: str) -> bool:
+        return os.stat(directory).st_dev != os.stat(self.cache_dir).st_dev
 
     def _bring_near(self, source_path: str) -> str:
         """Return a path in the cache's file system with the bytes, not writable.
 
         :raises OSError: when there is none; the source is untouched.
         """
-        here = os.stat(self.cache_dir).st_dev
-        if os.stat(os.path.dirname(os.path.abspath(source_path))).st_dev != here:
+        if self._is_far(os.path.dirname(os.path.abspath(source_path))):
             near = self.temporary_file()
-            if os.stat(os.path.dirname(near)).st_dev != here:
+            if self._is_far(os.path.dirname(near)):
                 raise OSError(errno.EXDEV, f"{self.cache_dir} takes no files")
             try:
                 rename_or_copy_blob(source_path, near, chmod=False)
@@ -405,6 +481,29 @@ class S3BlobCache:
             source_path = near
         os.chmod(source_path, 0o400)
         return source_path
+
+
+class Filling(NamedTuple):
+    """A file in the making, which no other process makes meanwhile."""
+
+    #: where it is to be written
+    path: str
+    #: to be called in the end, by any thread
+    end: Callable[[], None]
+
+
+class _Newcomer:
+    """A file that is to be put into the cache.
+
+    :raises FileNotFoundError: when there is none.
+    """
+
+    def __init__(self, name: str, source_path: str) -> None:
+        self.name = name
+        self.source_path = source_path
+        self.size = os.path.getsize(source_path)
+        #: in the cache, once it is there
+        self.path: str | None = None
 
 
 def _fetched(fetch: Callable[[str], None], path: str, begun: list[int]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import closing
 from contextlib import contextmanager
 from enum import auto
@@ -18,6 +19,7 @@ from .cachefiles import directory_of
 from .cacheindex import CacheIndex
 from .cacheindex import IndexRows
 from .directorylock import DirectoryBusy
+from .stats import CacheCounters
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class Change:
         self.rows = rows
         #: what was evicted, in bytes, and that part of it of which there were files
         self.freed = self.removed = 0
+        #: how many files that were
+        self.evicted = 0
         #: how many files could not be removed
         self.refused = 0
         self._files = files
@@ -76,32 +80,43 @@ class Change:
         # Directories, and whether they were before as they are known
         self._changed: dict[str, bool] = {}
 
-    def reserve(self, name: str, size: int, patience: Patience = Patience.FRESH) -> bool:
-        """Put the row of a file that is to come; False when others must first be evicted.
+    def reserve(self, *files: tuple[str, int], patience: Patience = Patience.FRESH) -> bool:
+        """Put the rows of files that are to come; False when others must first be evicted.
 
         A call evicts no more than a batch, so that it may take several, with the lock let go of
         in between.
 
-        :param int size: bytes, not more than the budget.
+        :param files: names, each once, and sizes in bytes, together not more than the budget; up to
+            ``FILES_AT_ONCE``.
         """
-        if not self._fits(name, size):
-            excess = self.rows.total - (self.rows.size(name) or 0) + size - self._max_size
+        if (excess := self._excess(files)) > 0:
             self.free(excess, patience)
-            if not self._fits(name, size):
+            if self._excess(files) > 0:
                 return False
-        self.rows.put(name, size, self._now)
+        self.rows.put_all(files, self._now)
         return True
 
-    def _fits(self, name: str, size: int) -> bool:
-        # In the place of the row of that name, which eviction may take, too.
-        return self.rows.total - (self.rows.size(name) or 0) + size <= self._max_size
+    def _excess(self, files: Sequence[tuple[str, int]]) -> int:
+        # In the place of the rows of these names, which eviction may take, too.
+        known = self.rows.sizes([name for name, _size in files]).values()
+        coming = sum(size for _name, size in files)
+        return self.rows.total - sum(known) + coming - self._max_size
 
     def place(self, source_path: str, name: str) -> str:
         """Move in a file whose row stands, and return its path."""
-        self._touch(name)
-        path = self._files.place(source_path, name)
-        self.rows.mark_placed(name)
+        (path,) = self.place_all([(source_path, name)])
         return path
+
+    def place_all(self, files: Sequence[tuple[str, str]]) -> list[str]:
+        """Move in files whose rows stand, given by source path and name, and return their paths.
+
+        :param files: up to ``FILES_AT_ONCE``.
+        """
+        names = [name for _source_path, name in files]
+        self._touch(*names)
+        paths = [self._files.place(source_path, name) for source_path, name in files]
+        self.rows.mark_placed(*names)
+        return paths
 
     def remove(self, name: str) -> None:
         """Remove file and row, and the directory with its last file."""
@@ -110,11 +125,13 @@ class Change:
         self.rows.remove(name)
         self._files.remove_directory(directory_of(name))
 
-    def _touch(self, name: str) -> None:
-        directory = directory_of(name)
-        if directory not in self._changed:
-            before = self._files.modified(directory)
-            self._changed[directory] = before == self.rows.modified(directory)
+    def _touch(self, *names: str) -> None:
+        new = {directory_of(name) for name in names}.difference(self._changed)
+        if new:
+            known = self.rows.modified(*new)
+            for directory in new:
+                before = self._files.modified(directory)
+                self._changed[directory] = before == known.get(directory)
 
     def end(self) -> None:
         """Remember what the directories look like now: one that looks otherwise later is read.
@@ -193,6 +210,7 @@ class Change:
         self._touch(name)
         if (size >= LARGE and self._set_aside(name)) or self._files.remove(name):
             self.removed += size
+            self.evicted += 1
 
     def _set_aside(self, name: str) -> bool:
         try:
@@ -216,6 +234,7 @@ class Changes:
     :param is_known: learns of some files that the index does not know; returns whether it now
         knows all.
     :param new_change: returns a `Change` of rows.
+    :param counters: told of what was evicted.
     """
 
     def __init__(
@@ -223,8 +242,10 @@ class Changes:
         index: CacheIndex,
         is_known: Callable[[IndexRows], bool],
         new_change: Callable[[IndexRows], Change],
+        counters: CacheCounters,
     ) -> None:
         self._index = index
+        self._counters = counters
         self._is_known = is_known
         self._new_change = new_change
         # Of the monotonic clock
@@ -255,6 +276,7 @@ class Changes:
             raise
         finally:
             if change is not None:
+                self._counters.add(evictions=change.evicted, evicted_bytes=change.removed)
                 change.clean_up()
         if change is None:
             raise OSError("the index of the blob cache is being made anew")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Generator
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import closing
 from contextlib import contextmanager
 import logging
@@ -24,6 +25,7 @@ import weakref
 
 from .directorylock import DirectoryBusy
 from .directorylock import DirectoryLock
+from .interfaces import FILES_AT_ONCE
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,16 @@ class IndexRows:
         row = self._execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
         return None if row is None else _checked(row[0], int)
 
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes of those of some files that have a row, in bytes.
+
+        :param names: not more than ``FILES_AT_ONCE``, as for all methods that take some at a time.
+        """
+        rows = self._execute(
+            f"SELECT name, size FROM file WHERE name IN {_marks(names)}", names
+        ).fetchall()
+        return {_checked(name, str): _checked(size, int) for name, size in rows}
+
     def __contains__(self, name: str) -> bool:
         return self.size(name) is not None
 
@@ -101,9 +113,17 @@ class IndexRows:
         row = (name, size, used, int(is_placed))
         self._execute("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)", row)
 
-    def mark_placed(self, name: str) -> None:
-        """Remember that the file is there."""
-        self._execute("UPDATE file SET placed = 1 WHERE name = ?", (name,))
+    def put_all(self, files: Sequence[tuple[str, int]], used: float) -> None:
+        """Put rows, given by names and sizes, of files that are to come; each name stands once."""
+        known = self.sizes([name for name, _size in files])
+        values = [value for name, size in files for value in (name, size, used, 0)]
+        rows = ", ".join(["(?, ?, ?, ?)"] * len(files))
+        self._execute(f"INSERT OR REPLACE INTO file VALUES {rows}", values)
+        self.total += sum(size for _name, size in files) - sum(known.values())
+
+    def mark_placed(self, *names: str) -> None:
+        """Remember that files are there."""
+        self._execute(f"UPDATE file SET placed = 1 WHERE name IN {_marks(names)}", names)
 
     def add(self, rows: list[Row]) -> None:
         """Put rows of files that are there, of which none has a row yet."""
@@ -138,6 +158,11 @@ class IndexRows:
             for name, size, used in rows:
                 yield _checked(name, str), _checked(size, int), _checked(used, float)
 
+    def first_use(self) -> float | None:
+        """Return the time of the oldest known use, None where there are no files."""
+        with closing(self.by_use()) as rows:
+            return next((used for _name, _size, used in rows), None)
+
     def between(self, low: str, high: str) -> dict[str, int]:
         """Return names from low to below high, and sizes in bytes."""
         return dict(row[:2] for row in self._between(low, high))
@@ -168,18 +193,28 @@ class IndexRows:
         rows = self._execute("SELECT name, modified FROM directory").fetchall()
         return {_checked(name, str): _checked(modified, int) for name, modified in rows}
 
-    def modified(self, directory: str) -> int | None:
-        """Return when a directory was last changed, as far as is known, in nanoseconds."""
-        where = "WHERE name = ?"
-        row = self._execute(f"SELECT modified FROM directory {where}", (directory,)).fetchone()
-        return None if row is None else _checked(row[0], int)
+    def modified(self, *directories: str) -> dict[str, int]:
+        """Return when some of them were last changed, as far as is known, in nanoseconds."""
+        where = f"WHERE name IN {_marks(directories)}"
+        rows = self._execute(f"SELECT name, modified FROM directory {where}", directories)
+        return {_checked(name, str): _checked(when, int) for name, when in rows.fetchall()}
 
     def note(self, directories: dict[str, int | None]) -> None:
         """Remember when directories were last changed; None stands for one that is gone."""
         gone = [(name,) for name, modified in directories.items() if modified is None]
         there = [item for item in directories.items() if item[1] is not None]
-        self._executemany("DELETE FROM directory WHERE name = ?", gone)
-        self._executemany("INSERT OR REPLACE INTO directory VALUES (?, ?)", there)
+        if gone:
+            self._executemany("DELETE FROM directory WHERE name = ?", gone)
+        for some in (
+            there[begin : begin + FILES_AT_ONCE] for begin in range(0, len(there), FILES_AT_ONCE)
+        ):
+            rows = ", ".join(["(?, ?)"] * len(some))
+            values = [value for item in some for value in item]
+            self._execute(f"INSERT OR REPLACE INTO directory VALUES {rows}", values)
+
+
+def _marks(values: Sequence[str]) -> str:
+    return f"({', '.join('?' * len(values))})"
 
 
 def _checked(value: Any, kind: type[T]) -> T:

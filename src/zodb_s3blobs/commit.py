@@ -57,10 +57,18 @@ class TransactionBlobs:
     :param bytes tid: the transaction's own, None where only its end tells.
     :param bool owns_keys: whether an abort may delete what was uploaded. False
         where the tid was given from outside: the object may be another's.
+    :param bool holds_lock: whether others cannot commit while the transaction's uploads run.
     """
 
-    def __init__(self, services: BlobServices, tid: bytes | None, owns_keys: bool) -> None:
+    def __init__(
+        self,
+        services: BlobServices,
+        tid: bytes | None,
+        owns_keys: bool,
+        holds_lock: bool = False,
+    ) -> None:
         self.tid = tid
+        self._holds_lock = holds_lock
         self.phase = Phase.OPEN
         self._services = services
         self._owns_keys = owns_keys
@@ -234,8 +242,8 @@ class TransactionBlobs:
         """
         if self.phase is Phase.DOOMED:
             raise StorageTransactionError("a blob could not be staged: abort the transaction")
-        self._wait_for_uploads()
-        self._renew()
+        if self._blobs:
+            self._wait_for_bucket()
         self._store_records()
         # Only now: what is evicted for it could not be fetched again while S3 is down.
         staged = list(self._staged())
@@ -248,6 +256,25 @@ class TransactionBlobs:
             # The commit does not depend on the cache.
             logger.warning("cache takes no blobs of a commit %s: %s", self, error)
         self.phase = Phase.VOTED
+
+    def _wait_for_bucket(self) -> None:
+        begun = self._now()
+        try:
+            self._wait_for_uploads()
+            self._renew()
+        finally:
+            self._services.counters.add(wait_seconds=self._now() - begun)
+            self._count_lock()
+
+    def _count_lock(self) -> None:
+        """Count the time from the first upload until now, once."""
+        begun = [blob.since[0] for blob in self._blobs.values() if blob.upload is not None]
+        if self._holds_lock and begun:
+            self._holds_lock = False
+            self._services.counters.add(lock_seconds=self._now() - min(begun))
+
+    def _now(self) -> float:
+        return self._services.clocks()[0]
 
     def _store_records(self) -> None:
         while self._calls:
@@ -360,6 +387,7 @@ class TransactionBlobs:
         self.phase = Phase.ENDED
         if not self._blobs and not self._dropped:
             return
+        self._count_lock()
         self._cancel()
         cleanup = self._services.pool.start(lambda cancelled: self._clean_up(delete))
         try:

@@ -240,6 +240,7 @@ class S3BlobStorageFactory(BaseConfig):
             storage_class=config.s3_storage_class,
             create_bucket=config.s3_create_bucket,
             concurrency=config.upload_concurrency,
+            public_endpoint_url=config.s3_public_endpoint_url,
         )
 
 

@@ -1,6 +1,9 @@
 """Copies the transactions of another storage, with their tids and blobs."""
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import islice
 import logging
 import os
 import shutil
@@ -15,6 +18,9 @@ from ZODB.utils import u64
 
 
 logger = logging.getLogger(__name__)
+
+# Records of a transaction whose blobs are fetched at a time
+RECORDS_AHEAD = 100
 
 
 def copy_transactions(source: Any, target: Any, transform: Callable[[bytes], bytes]) -> None:
@@ -34,7 +40,7 @@ def copy_transactions(source: Any, target: Any, transform: Callable[[bytes], byt
             transaction = TransactionMetaData(record.user, record.description, extension)
             target.tpc_begin(transaction, record.tid, record.status)
             try:
-                for data_record in record:
+                for data_record in _prefetched(blobs, record):
                     without += not _copy_record(blobs, target, data_record, transaction, transform)
                 target.tpc_vote(transaction)
             except BaseException:
@@ -50,6 +56,16 @@ def copy_transactions(source: Any, target: Any, transform: Callable[[bytes], byt
     if without:
         reason = "missing" if blobs is not None else "the source has no place for blobs"
         logger.warning("copied without their blobs count=%d: %s", without, reason)
+
+
+def _prefetched(blobs: Any, records: Iterable[Any]) -> Iterator[Any]:
+    """Yield the records of a transaction; a source of our kind fetches their blobs ahead."""
+    prefetch = getattr(blobs, "prefetch_blobs", None)
+    rest = iter(records)
+    while batch := list(islice(rest, RECORDS_AHEAD)):
+        if prefetch is not None:
+            prefetch((each.oid, each.tid) for each in batch if is_blob_record(each.data))
+        yield from batch
 
 
 def _has_blobs(storage: Any) -> bool:

@@ -1,6 +1,7 @@
 """A DemoStorage as base: changes over a database that it only reads."""
 
 from collections.abc import Sequence
+import os
 import shutil
 from typing import Any
 
@@ -10,6 +11,7 @@ from ZODB.POSException import POSKeyError
 from .basecontract import LookBack
 from .basecontract import Source
 from .historybase import HistoryBase
+from .interfaces import IS3BlobStorage
 
 
 class DemoBase(HistoryBase):
@@ -22,6 +24,7 @@ class DemoBase(HistoryBase):
     """
 
     tells_garbage = False
+    locks_at_begin = True  # that of the changes
 
     def __init__(self, storage: Any) -> None:
         super().__init__(storage)
@@ -62,6 +65,17 @@ class StorageSource:
         with source, open(target_path, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         return True
+
+    def size(self, oid: bytes, tid: bytes) -> int | None:
+        """Return the blob's bytes, or None when it has none."""
+        try:
+            if IS3BlobStorage.providedBy(self._storage):
+                size: int = self._storage.blob_size(oid, tid)
+                return size
+            with self._storage.openCommittedBlobFile(oid, tid) as file:
+                return os.fstat(file.fileno()).st_size
+        except POSKeyError:
+            return None
 
     def close(self) -> None:
         """The DemoStorage closes it."""

@@ -43,6 +43,7 @@ class HistoryBase:
     """What such bases have in common. They may be inside wrappers that keep them as ``base``."""
 
     tells_tid = False
+    locks_at_begin = False
     takes_tid = False
     shared = False
     keeps_history = True
@@ -242,7 +243,7 @@ class LocalBase(HistoryBase):
     def __init__(self, storage: Any, by_tid: bool = True, directory: str | None = None) -> None:
         super().__init__(storage if by_tid else BufferedStorage(storage, directory))
         self._innermost = innermost(storage)
-        self.tells_tid = by_tid
+        self.tells_tid = self.locks_at_begin = by_tid
 
     def tid(self) -> bytes | None:
         tid: bytes | None = self._innermost._tid if self.tells_tid else None

@@ -4,6 +4,7 @@ oid, tid and serial are bytes of length 8 everywhere but in keys and logs.
 Sizes are in bytes, times in seconds.
 """
 
+from contextlib import nullcontext
 import errno
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from zope.interface import Interface
 # lines of code, so that once is rare already.
 EVICTION_ATTEMPTS = 10
 
+
+# Files that a cache can put at a time. A statement of its index names them all, with four values
+# each, and old SQLites take 999.
+FILES_AT_ONCE = 200
 
 # What the system says of a full disk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -85,6 +90,9 @@ class IS3Client(Interface):
     ``S3OperationError``; errors of local files stay ``OSError``.
     """
 
+    counters = Attribute("A ``stats.ClientCounters``.")
+    signs_urls = Attribute("Whether ``presigned_url`` returns one.")
+
     def upload_file(local_path, s3_key, cancelled=None):
         """Store a file's bytes under a key, with size and SHA-256 as metadata.
 
@@ -99,6 +107,27 @@ class IS3Client(Interface):
         :raises MissingObjectError: when the bucket has no such object.
         :raises IntegrityError: when the bytes differ from those uploaded; the
             file is then not to be used.
+        """
+
+    def open_range(s3_key, start=0, stop=None, waiting=nullcontext):
+        """Open the bytes of an object from start to below stop, or to its end.
+
+        :param waiting: returns a context manager, entered while a reader waits for S3.
+        :returns: a raw file that can be read and moved in; it makes requests when it is read.
+        :raises ValueError: when there is no byte between them.
+        :raises MissingObjectError: when the bucket has no such object.
+        """
+
+    def object_size(s3_key):
+        """Return the size of an object in bytes.
+
+        :raises MissingObjectError: when the bucket has no such object.
+        """
+
+    def presigned_url(s3_key, expires_in=60, content_type=None, content_disposition=None):
+        """Return a URL by which anybody can GET an object for some seconds; makes no request.
+
+        :returns: None where objects cannot be read that way.
         """
 
     def copy_object(source_key, target_key):
@@ -144,12 +173,16 @@ class IS3BlobCache(Interface):
 
     max_size = Attribute("Byte budget of committed files.")
     temp_dir = Attribute("A directory on the same file system, for uncommitted files.")
+    counters = Attribute("A ``stats.CacheCounters``.")
 
     def path(oid, tid):
         """Return where the file of this revision is, or would be."""
 
     def get(oid, tid):
         """Return the path of a cached file and mark it as used, else None."""
+
+    def size(oid, tid):
+        """Return the bytes of a cached file, which do not count as used by that, else None."""
 
     def reserve(entries):
         """Make room for files that are about to be put, evicting others.
@@ -166,6 +199,20 @@ class IS3BlobCache(Interface):
 
         :returns: the file's new path.
         :raises FileNotFoundError: when there is no such file.
+        """
+
+    def put_all(entries):
+        """Move complete files into the cache with as little of its lock as one takes.
+
+        :param entries: ``(oid, tid, source_path)``, each revision once, up to ``FILES_AT_ONCE``.
+        :returns: their paths; None for a file that was left where it is: try ``put``.
+        """
+
+    def begin_filling(oid, tid):
+        """Begin to fill a file unless another process of this host does so.
+
+        :returns: None in that case; else a tuple ``(path, end)``: where the file is to be written,
+            and what is called after it was put, or in its place, by any thread.
         """
 
     def fill(oid, tid, fetch):
@@ -202,6 +249,13 @@ class IS3BlobCache(Interface):
     def current_size():
         """Return the sum of the sizes of committed files, in bytes."""
 
+    def usage():
+        """Return a mapping with ``cache_bytes``, ``cache_max_bytes`` and ``cache_age_seconds``.
+
+        The age is the time since the last known use of the file that is evicted next. What cannot
+        be told is None.
+        """
+
     def wait_for_cleanup():
         """Return when no eviction is pending."""
 
@@ -224,12 +278,65 @@ class IBlobSource(Interface):
         :raises OSError: when the source cannot tell.
         """
 
+    def size(oid, tid):
+        """Return the blob's bytes, or None when it has none.
+
+        :raises OSError: when the source cannot tell.
+        """
+
     def close():
         """Release what was opened."""
 
 
 class IS3BlobStorage(IBlobStorage):
-    """A storage whose records live in a base storage and whose blobs live in S3."""
+    """A storage whose records live in a base storage and whose blobs live in S3.
+
+    ``loadBlob`` and ``openCommittedBlobFile`` bring a blob into the cache; the other methods that
+    read do not. Where a blob is nowhere all raise ``POSKeyError``, and ``S3OperationError`` where
+    that cannot be told. A serial is that of a revision which the caller can load.
+    """
+
+    def blob_is_cached(oid, serial):
+        """Tell whether the bytes of a blob are on this host; does not count as a read."""
+
+    def blob_size(oid, serial):
+        """Return the size of a blob in bytes, with a HEAD request if need be, once."""
+
+    def open_blob_range(oid, serial, start=0, stop=None):
+        """Open the bytes of a blob from start to below stop, or to its end, for reading.
+
+        :returns: a buffered binary file, whose positions begin with 0 at start.
+        :raises ValueError: when start or stop is negative.
+        """
+
+    def prefetch_blobs(revisions):
+        """Bring blobs into the cache, many at a time, and return when that is done.
+
+        :param revisions: an iterable of ``(oid, serial)``.
+        :returns: a ``PrefetchReport``.
+        """
+
+    def presigned_url(
+        oid, serial, expires_in=60, content_type=None, filename=None, disposition="inline"
+    ):
+        """Return a URL by which a browser can GET a blob from S3 itself.
+
+        Whoever has it can, without a login, for ``expires_in`` seconds (1 to 604,800); with the
+        credentials of a role no longer than those are valid.
+
+        :param str content_type: of the answer, such as ``image/png``.
+        :param str filename: the browser's name for the file, any text.
+        :param str disposition: "inline" or "attachment".
+        :returns: None where S3 cannot deliver it: under SSE-C, while its transaction runs, and
+            while only a source has it.
+        :raises ValueError: for a value that cannot be right.
+        """
+
+    def stats():
+        """Return the numbers of this process by name, a dict; ``stats.MEANINGS`` explains them.
+
+        Those of the cache are None where they cannot be told at the moment.
+        """
 
     def sweep(dry_run=False):
         """Delete the objects that no surviving revision needs.

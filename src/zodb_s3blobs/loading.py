@@ -1,19 +1,29 @@
-"""From (oid, serial) to a complete file: hit, single flight, S3, sources."""
+"""From (oid, serial) to a complete file, or to where it is: hit, single flight, S3, sources."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 import errno
 import os
 from typing import Any
+from typing import NamedTuple
+from typing import TypeVar
 
 from ZODB.POSException import POSKeyError
 
+from .batching import Batcher
 from .interfaces import DISK_FULL
+from .interfaces import FILES_AT_ONCE
 from .interfaces import MissingObjectError
 from .interfaces import S3OperationError
 from .keys import blob_key
+from .sections import Section
+from .stats import ReadCounters
 
+
+T = TypeVar("T")
 
 # From (oid, serial) to the stamp in the revision's record, if there is one
 FindReference = Callable[[bytes, bytes], bytes | None]
@@ -21,6 +31,18 @@ FindReference = Callable[[bytes, bytes], bytes | None]
 
 # Errors that are those of the target, whatever file they name
 NO_WRITING = (*DISK_FULL, errno.EROFS)
+
+# Objects of which it is remembered where they are
+REMEMBERED = 10_000
+
+
+class Located(NamedTuple):
+    """Where the bytes of a revision are."""
+
+    #: in the bucket; None where only a source has them
+    key: str | None
+    #: in bytes
+    size: int
 
 
 class _SourceFailed(Exception):
@@ -31,15 +53,31 @@ class _SourceFailed(Exception):
         self.error = error
 
 
+class _Flight(NamedTuple):
+    """A blob that was downloaded, on its way into the cache."""
+
+    oid: bytes
+    serial: bytes
+    #: of the complete file
+    path: str
+    #: has its path in the cache in the end
+    outcome: "Future[str | None]"
+
+
 class BlobLoader:
     """Fills the cache on demand; threads share it."""
 
-    def __init__(self, cache: Any, client: Any, sources: Sequence[Any]) -> None:
+    def __init__(
+        self, cache: Any, client: Any, sources: Sequence[Any], counters: ReadCounters | None = None
+    ) -> None:
         self._cache = cache
         self._client = client
         self._sources = sources
+        self._counters = counters or ReadCounters()
         # What threads are fetching now; setdefault decides between them.
         self._flights: dict[tuple[int, bytes, bytes], Future[str | None]] = {}
+        self._landing = Batcher(self._land, FILES_AT_ONCE)
+        self._located = _Located()
 
     def load(self, oid: bytes, serial: bytes, find_reference: FindReference) -> str:
         """Return the path of a complete, verified file with the revision's bytes.
@@ -65,7 +103,9 @@ class BlobLoader:
         name = (os.getpid(), oid, serial)
         flight = self._flights.setdefault(name, mine)
         if flight is not mine:
+            self._counters.add(waits=1)
             return flight.result()
+        self._counters.add(misses=1)
         try:
             mine.set_result(self._fill(oid, serial, find_reference))
         except Exception as error:
@@ -88,32 +128,185 @@ class BlobLoader:
         return filled
 
     def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None, target_path: str) -> None:
+        def ask_source(source: Any) -> bool | None:
+            try:
+                return source.fetch(oid, serial, target_path) or None
+            except OSError as error:
+                if error.errno in NO_WRITING or error.filename == target_path:
+                    raise
+                raise _SourceFailed(error) from error
+
+        def download(key: str) -> bool:
+            self._client.download_file(key, target_path)
+            return True
+
+        self._ask(oid, serial, stamp, download, ask_source)
+
+    def load_soon(self, oid: bytes, serial: bytes, stamp: bytes | None) -> "Future[str | None]":
+        """Download what is not cached, and have it put into the cache with what others download.
+
+        The thread is free again before that, so that many threads do not wait for one lock.
+
+        :param stamp: what the revision's record refers to.
+        :returns: what has the path in the end, or None when it was given up, or an error.
+        """
+        mine: Future[str | None] = Future()
+        name = (os.getpid(), oid, serial)
+        other = self._flights.setdefault(name, mine)
+        if other is not mine:
+            return other
+        self._counters.add(misses=1)
+        mine.add_done_callback(lambda _mine: self._flights.pop(name))
+        try:
+            filling = self._cache.begin_filling(oid, serial)
+            if filling is not None:
+                mine.add_done_callback(lambda _mine: filling.end())
+                flight = _Flight(oid, serial, filling.path, mine)
+                if self._fly(flight, stamp):
+                    return mine
+            # Another process fetches it, and this one waits for that; or the disk makes trouble.
+            mine.set_result(self._fill(oid, serial, lambda oid, serial: stamp))
+        except BaseException as error:
+            # Whatever it was, those who wait must learn of it.
+            mine.set_exception(error)
+        return mine
+
+    def _fly(self, flight: "_Flight", stamp: bytes | None) -> bool:
+        """Download and hand on; False when the file cannot be written."""
+        try:
+            self._fetch(flight.oid, flight.serial, stamp, flight.path)
+        except BaseException as error:
+            # Whatever it was, half a file is of no use.
+            try:
+                os.remove(flight.path)
+            except OSError:
+                pass  # nothing was written, or it goes with this process's temporary files
+            if isinstance(error, _SourceFailed):
+                raise error.error from None
+            if isinstance(error, OSError):
+                return False
+            raise
+        self._landing.hand_in(flight)
+        return True
+
+    def _land(self, flights: list["_Flight"]) -> None:
+        """Put what has arrived into the cache, for all threads that have fetched something."""
+        paths: list[str | None] = [None] * len(flights)
+        try:
+            entries = [(flight.oid, flight.serial, flight.path) for flight in flights]
+            paths = self._cache.put_all(entries)
+        except Exception:
+            # Whatever it is, each is tried alone, and that tells those who wait for it.
+            pass
+        for flight, path in zip(flights, paths, strict=True):
+            try:
+                put = self._cache.put
+                flight.outcome.set_result(path or put(flight.oid, flight.serial, flight.path))
+            except BaseException as error:
+                # Whatever it was, those who wait must learn of it.
+                flight.outcome.set_exception(error)
+
+    def locate(self, oid: bytes, serial: bytes, find_reference: FindReference) -> Located:
+        """Return where the bytes of a revision are, and how many.
+
+        What is in the bucket is remembered, for it does not change: a second question costs
+        nothing.
+
+        :raises POSKeyError: when neither the bucket nor a source has it.
+        :raises S3OperationError: when that cannot be told.
+        """
+
+        def ask_source(source: Any) -> Located | None:
+            size = source.size(oid, serial)
+            return None if size is None else Located(None, size)
+
+        def look(key: str) -> Located:
+            return Located(key, self._client.object_size(key))
+
+        found = self._located.get(oid, serial)
+        if found is None:
+            stamp = find_reference(oid, serial)
+            found = self._ask(oid, serial, stamp, look, ask_source)
+            self._located.put(oid, serial, found)
+        return found
+
+    def open_range(
+        self,
+        oid: bytes,
+        serial: bytes,
+        start: int,
+        stop: int | None,
+        find_reference: FindReference,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> Section | None:
+        """Open a part of what is in the bucket, which the cache does not get.
+
+        :param waiting: entered while the section waits for S3, when it is read.
+        :returns: None where a source has the bytes.
+        :raises POSKeyError: when neither the bucket nor a source has it.
+        :raises S3OperationError: when that cannot be told.
+        """
+
+        def ask_source(source: Any) -> bool | None:
+            return None if source.size(oid, serial) is None else False
+
+        def open_range(key: str) -> Section | bool:
+            section: Section = self._client.open_range(key, start, stop, waiting)
+            return section
+
+        # A key that is remembered may have gone with a revision that was packed away.
+        stamp = find_reference(oid, serial)
+        found = self._ask(oid, serial, stamp, open_range, ask_source)
+        return None if isinstance(found, bool) else found
+
+    def _ask(
+        self,
+        oid: bytes,
+        serial: bytes,
+        stamp: bytes | None,
+        ask: Callable[[str], T],
+        ask_source: Callable[[Any], T | None],
+    ) -> T:
+        """Ask for each key that the bytes may have, then each source, until one has them."""
         # A database that has moved between bases keeps under the tid what its records refer to.
         keys = [blob_key(oid, name) for name in (stamp, serial) if name]
         try:
-            self._download(keys, target_path)
+            return _first_of(keys, ask)
         except S3OperationError as error:
             # A revision has the same bytes wherever they are.
-            if self._ask_sources(oid, serial, target_path):
-                return
+            for source in self._sources:
+                if (answer := ask_source(source)) is not None:
+                    return answer
             if isinstance(error, MissingObjectError):
                 where = " or ".join(keys)
                 raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
 
-    def _ask_sources(self, oid: bytes, serial: bytes, target_path: str) -> bool:
-        try:
-            return any(source.fetch(oid, serial, target_path) for source in self._sources)
-        except OSError as error:
-            if error.errno in NO_WRITING or error.filename == target_path:
-                raise
-            raise _SourceFailed(error) from error
 
-    def _download(self, keys: Sequence[str], target_path: str) -> None:
-        for key in keys:
-            try:
-                return self._client.download_file(key, target_path)
-            except MissingObjectError:
-                if key == keys[-1]:
-                    raise
+def _first_of(keys: Sequence[str], ask: Callable[[str], T]) -> T:
+    for key in keys:
+        try:
+            return ask(key)
+        except MissingObjectError:
+            if key == keys[-1]:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _Located:
+    """Remembers where objects are; what was found first is forgotten first."""
+
+    def __init__(self) -> None:
+        # Threads share it: each call is one step.
+        self._found: OrderedDict[tuple[bytes, bytes], Located] = OrderedDict()
+
+    def get(self, oid: bytes, serial: bytes) -> Located | None:
+        return self._found.get((oid, serial))
+
+    def put(self, oid: bytes, serial: bytes, located: Located) -> None:
+        if located.key is None:
+            return  # a migration may bring it into the bucket at any moment
+        self._found[oid, serial] = located
+        if len(self._found) > REMEMBERED:
+            self._found.popitem(last=False)

@@ -40,6 +40,7 @@ class RelStorageBase:
     """
 
     tells_tid = False
+    locks_at_begin = False
     takes_tid = True
     shared = True
     tells_garbage = True

@@ -72,10 +72,11 @@ def check_origin(answer: Mapping[str, Any]) -> None:
         raise BodyError(TransientS3Error, "something else than S3 has answered (no ETag)")
 
 
-def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: float) -> None:
+def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: float) -> int:
     """Write the body of an answer to get_object to a file and verify it.
 
     :param float patience: seconds, to which come those that the slowest useful rate takes.
+    :returns: its bytes.
     :raises BodyError: when it ends early, comes too slowly, or differs from what was stored.
     """
     deadline = time.monotonic() + patience
@@ -84,16 +85,21 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: floa
     buffer = memoryview(bytearray(min(CHUNK, answer.get("ContentLength") or CHUNK)))
     with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
         check_origin(answer)
-        while count := _read(body, buffer):
+        while count := read_some(body, buffer):
             digest.update(buffer[:count])
             _write_all(file, buffer[:count])
             size += count
             if time.monotonic() > deadline + size / SLOWEST_RATE:
                 raise BodyError(TransientS3Error, f"only {size} bytes came in time")
     _verify(key, answer, size, digest.hexdigest())
+    return size
 
 
-def _read(body: Any, buffer: memoryview) -> int:
+def read_some(body: Any, buffer: memoryview) -> int:
+    """Read from the body of an answer; return how many bytes came, 0 at its end.
+
+    :raises BodyError: when it is cut.
+    """
     from botocore.exceptions import BotoCoreError
     from botocore.exceptions import FlexibleChecksumError
     from urllib3.exceptions import HTTPError

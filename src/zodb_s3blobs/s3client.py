@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from contextlib import nullcontext
 import logging
 import os
 from types import MappingProxyType
@@ -36,7 +38,14 @@ from .s3errors import NO_BATCH_DELETE_CODES
 from .s3errors import status_of
 from .s3errors import translated
 from .s3listing import read_page
+from .s3range import nothing_there
+from .s3range import open_answer
+from .s3range import Opened
+from .s3range import range_header
+from .s3range import RemoteSection
 from .s3session import S3Session
+from .sections import Section
+from .stats import ClientCounters
 
 
 __all__ = ["S3Client", "S3OperationError"]
@@ -75,6 +84,7 @@ class S3Client:
     :param int multipart_threshold: bytes from which a file is sent in parts.
     :param int multipart_part_size: bytes, at least 5 MiB.
     :param int concurrency: threads that may use the client at the same time.
+    :param str public_endpoint_url: where browsers find the server, for presigned URLs.
     :raises ValueError: for a value that cannot be right.
     """
 
@@ -103,17 +113,20 @@ class S3Client:
         storage_class: str | None = None,
         create_bucket: bool = False,
         concurrency: int = 32,
+        public_endpoint_url: str | None = None,
     ) -> None:
         self.bucket_name = values.bucket_name(bucket_name)
         self.prefix = values.key_prefix(prefix)
-        if endpoint_url is not None:
-            values.endpoint_url(endpoint_url)
+        for url in (endpoint_url, public_endpoint_url):
+            if url is not None:
+                values.endpoint_url(url)
         self._full_prefix = f"{self.prefix}/" if self.prefix else ""
         self._region_name = region_name
         self._read_timeout = read_timeout
         self._multipart_threshold = multipart_threshold
         self._create_bucket = create_bucket
         self._batch_delete = True
+        self.counters = ClientCounters()
         self._read_args: dict[str, Any] = {}
         self._write_args: dict[str, Any] = {}
         if sse_customer_key:
@@ -144,8 +157,9 @@ class S3Client:
                 "connect_timeout": connect_timeout,
                 "read_timeout": read_timeout,
                 "retries": {"mode": "standard", "total_max_attempts": max_attempts},
-                # Fewer than threads: boto3 opens and throws away connections.
-                "max_pool_connections": concurrency + 16,
+                # Fewer than threads: boto3 opens and throws away connections. Uploads, prefetching
+                # downloads, and the threads of a site.
+                "max_pool_connections": 2 * concurrency + 16,
                 "tcp_keepalive": True,
                 # Otherwise boto3 composes a longer one, twice a request.
                 "user_agent": "zodb-s3blobs",
@@ -155,6 +169,10 @@ class S3Client:
             },
             multipart_part_size,
             must_be_confidential=bool(sse_customer_key),
+            counters=self.counters,
+            public_endpoint_url=public_endpoint_url,
+            # The certificates of AWS cover one label before the host.
+            aws_signing_style="path" if "." in bucket_name else "virtual",
         )
 
     def __repr__(self) -> str:
@@ -175,16 +193,18 @@ class S3Client:
             with self._translated("upload", s3_key, "s3:PutObject"):
                 if size <= SMALL_BODY:
                     data = file.read()
-                    metadata = describe_bytes(s3_key, data)
-                    self._put(s3_key, data, metadata)
-                    return
-                metadata = describe_file(s3_key, file)
-                cancelled = Cancellation() if cancelled is None else cancelled
-                in_parts = size >= self._multipart_threshold or size > LARGEST_SINGLE_REQUEST
-                if not (
-                    in_parts and self._put_parts(s3_key, local_path, size, metadata, cancelled)
-                ):
-                    self._put(s3_key, CancellableBody(file, cancelled), metadata)
+                    self._put(s3_key, data, describe_bytes(s3_key, data))
+                else:
+                    cancelled = Cancellation() if cancelled is None else cancelled
+                    self._put_large(s3_key, file, size, cancelled)
+        self.counters.add(uploads=1, uploaded_bytes=size)
+        logger.debug("uploaded key=%s bytes=%d", s3_key, size)
+
+    def _put_large(self, s3_key: str, file: Any, size: int, cancelled: Cancellation) -> None:
+        metadata = describe_file(s3_key, file)
+        in_parts = size >= self._multipart_threshold or size > LARGEST_SINGLE_REQUEST
+        if not (in_parts and self._put_parts(s3_key, file.name, size, metadata, cancelled)):
+            self._put(s3_key, CancellableBody(file, cancelled), metadata)
 
     def _put(self, s3_key: str, body: Any, metadata: Mapping[str, str]) -> None:
         def put() -> None:
@@ -241,12 +261,7 @@ class S3Client:
 
     def copy_object(self, source_key: str, target_key: str) -> None:
         """Copy an object inside the bucket, of any size, encrypted with the same key."""
-        head = self.head_object(source_key)
-        if head is None:
-            # HEAD does not tell a missing object from a missing bucket; GET does.
-            with self._translated("copy", source_key, "s3:GetObject"):
-                self._try(self._request, "get_object", source_key, self._read_args)["Body"].close()
-            raise make_error(MissingObjectError, "copy", source_key, "no such object")
+        head = self._head_of_existing("copy", source_key)
         # The copied metadata would go on naming the source.
         metadata = metadata_of(head)
         if "zodb-key" in metadata:
@@ -320,19 +335,120 @@ class S3Client:
 
     def download_file(self, s3_key: str, local_path: str) -> None:
         """Write an object's bytes to a file: one GET, verified by length and digest."""
-        for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
-            try:
-                with self._translated("download", s3_key, "s3:GetObject"):
-                    return self._download(s3_key, local_path)
-            except (TransientS3Error, IntegrityError) as error:
-                # Requests were retried by botocore; here a body was cut or damaged on its way.
-                if attempt == DOWNLOAD_ATTEMPTS or not isinstance(error.__cause__, BodyError):
-                    raise
-                logger.warning("download retried key=%s attempt=%d: %s", s3_key, attempt, error)
+        with self._counting_failures():
+            for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
+                try:
+                    with translated("download", s3_key, self._permission("s3:GetObject")):
+                        return self._download(s3_key, local_path)
+                except (TransientS3Error, IntegrityError) as error:
+                    # Requests were retried by botocore; here a body was cut or damaged on its way.
+                    if attempt == DOWNLOAD_ATTEMPTS or not isinstance(error.__cause__, BodyError):
+                        raise
+                    logger.warning("download retried key=%s attempt=%d: %s", s3_key, attempt, error)
+                    self.counters.add(retries=1)
 
     def _download(self, s3_key: str, local_path: str) -> None:
         answer = self._try(self._request, "get_object", s3_key, self._read_args)
-        receive(s3_key, answer, local_path, self._read_timeout)
+        size = receive(s3_key, answer, local_path, self._read_timeout)
+        self.counters.add(downloads=1, downloaded_bytes=size)
+        logger.debug("downloaded key=%s bytes=%d", s3_key, size)
+
+    def open_range(
+        self,
+        s3_key: str,
+        start: int = 0,
+        stop: int | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Section:
+        """Open the bytes of an object from start to below stop: one GET, read as they are wanted.
+
+        What goes beyond the end is left out. To move in the file makes another request.
+
+        :param waiting: entered while a reader waits for S3.
+        :raises ValueError: when there is no byte between them.
+        """
+
+        if stop is not None and stop <= start:
+            raise ValueError(f"a range has a byte at least, not {start} to {stop}")
+
+        def ask(start: int, stop: int | None) -> Opened:
+            opened: Opened = self._try(self._get_range, s3_key, start, stop)
+            return opened
+
+        @contextmanager
+        def reading() -> Iterator[None]:
+            with waiting(), self._translated("read", s3_key, "s3:GetObject"):
+                yield
+
+        with self._translated("read", s3_key, "s3:GetObject"):
+            return RemoteSection(ask, reading, self.counters, self._read_timeout, start, stop)
+
+    def _get_range(self, s3_key: str, start: int, stop: int | None) -> Opened:
+        from botocore.exceptions import ClientError
+
+        self.counters.add(range_reads=1)
+        options = {**self._read_args, **range_header(start, stop)}
+        try:
+            answer = self._request("get_object", s3_key, options)
+        except ClientError as error:
+            if status_of(error) == 416:
+                return nothing_there(error, start)
+            raise
+        try:
+            return open_answer(s3_key, answer, start)
+        except BaseException:
+            # Whatever it was, nobody else closes it.
+            answer["Body"].close()
+            raise
+
+    def object_size(self, s3_key: str) -> int:
+        """Return the size of an object in bytes.
+
+        :raises MissingObjectError: when the bucket has no such object.
+        """
+        size: int = self._head_of_existing("head", s3_key)["ContentLength"]
+        return size
+
+    def _head_of_existing(self, operation: str, s3_key: str) -> Mapping[str, Any]:
+        head = self.head_object(s3_key)
+        if head is None:
+            # HEAD does not tell a missing object from a missing bucket; GET does.
+            with self._translated(operation, s3_key, "s3:GetObject"):
+                self._try(self._request, "get_object", s3_key, self._read_args)["Body"].close()
+            raise make_error(MissingObjectError, operation, s3_key, "no such object")
+        return head
+
+    @property
+    def signs_urls(self) -> bool:
+        """Whether others can read objects by a URL: not where they need a key of ours (SSE-C)."""
+        return not self._read_args
+
+    def presigned_url(
+        self,
+        s3_key: str,
+        expires_in: int = 60,
+        content_type: str | None = None,
+        content_disposition: str | None = None,
+    ) -> str | None:
+        """Return a URL by which anybody can GET an object for a while; makes no request.
+
+        :param int expires_in: seconds.
+        :param str content_type: what the answer shall say of itself, as the other one.
+        :returns: None under SSE-C.
+        """
+        if not self.signs_urls:
+            return None
+        wanted = {
+            "ResponseContentType": content_type,
+            "ResponseContentDisposition": content_disposition,
+        }
+        parameters = {"Bucket": self.bucket_name, "Key": self._full_prefix + s3_key}
+        parameters |= {name: value for name, value in wanted.items() if value is not None}
+        with self._translated("sign", s3_key, "s3:GetObject"):
+            url: str = self._session.signer().generate_presigned_url(
+                "get_object", parameters, expires_in
+            )
+        return url
 
     def head_object(self, s3_key: str) -> Mapping[str, Any] | None:
         """Return a mapping with at least ContentLength, None when absent."""
@@ -383,12 +499,25 @@ class S3Client:
         call = getattr(self._session.client(), method)
         return call(Bucket=self.bucket_name, Key=self._full_prefix + s3_key, **options)
 
-    def _translated(
-        self, operation: str, key: str, permission: str
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def _translated(self, operation: str, key: str, permission: str) -> Iterator[None]:
+        with self._counting_failures(), translated(operation, key, self._permission(permission)):
+            yield
+
+    def _permission(self, permission: str) -> str:
         if self._read_args:
             permission += " (SSE-C: check the key; AWS refuses SSE-C on new buckets, not s3-sse)"
-        return translated(operation, key, permission)
+        return permission
+
+    @contextmanager
+    def _counting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except MissingObjectError:
+            raise
+        except S3OperationError:
+            self.counters.add(failures=1)
+            raise
 
     def _try(self, call: Callable[..., Any], *args: Any, may_create: bool = False) -> Any:
         """Call, and once more after mending what can be mended from here."""

@@ -11,9 +11,12 @@ import io
 import os
 import threading
 from typing import Any
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from . import values
 from .interfaces import PermanentS3Error
+from .stats import ClientCounters
 
 
 # Creating clients is not thread-safe in boto3, not even in different sessions.
@@ -26,6 +29,14 @@ _loader: Any = None
 PARTS_AT_ONCE = 4
 
 
+class _Made(NamedTuple):
+    """What one process has made."""
+
+    client: Any
+    signer: Any
+    transfers: Any
+
+
 class S3Session:
     """Hands out a boto3 client and a transfer manager; threads share both.
 
@@ -34,6 +45,10 @@ class S3Session:
     :param config_options: arguments of ``botocore.config.Config``.
     :param int part_size: bytes of a part of a multipart transfer.
     :param bool must_be_confidential: whether requests carry a key of ours.
+    :param ClientCounters counters: told of each request.
+    :param str public_endpoint_url: where browsers find the server, if that is elsewhere.
+    :param str aws_signing_style: the addressing style of URLs for browsers on AWS, unless one is
+        configured.
     """
 
     def __init__(
@@ -43,34 +58,44 @@ class S3Session:
         config_options: Mapping[str, Any],
         part_size: int,
         must_be_confidential: bool,
+        counters: ClientCounters,
+        public_endpoint_url: str | None = None,
+        aws_signing_style: str = "virtual",
     ) -> None:
         self._session_options = dict(session_options)
         self._client_options = dict(client_options)
         self._config_options = dict(config_options)
         self._part_size = part_size
         self._must_be_confidential = must_be_confidential
-        # Guarded by _creating: _made, the (pid, client, manager) of this process.
+        self._counters = counters
+        self._public_endpoint_url = public_endpoint_url
+        self._aws_signing_style = aws_signing_style
+        # Guarded by _creating: _made, what this process has made and its pid.
         # A forked child must not use its parent's connections.
-        self._made: tuple[int, Any, Any] | None = None
+        self._made: tuple[int, _Made] | None = None
 
     def client(self) -> Any:
         """Return the boto3 S3 client of this process."""
-        return self._get()[1]
+        return self._get().client
+
+    def signer(self) -> Any:
+        """Return the client that signs URLs for browsers."""
+        return self._get().signer
 
     def transfers(self) -> Any:
         """Return the s3transfer manager of this process."""
-        return self._get()[2]
+        return self._get().transfers
 
-    def _get(self) -> tuple[int, Any, Any]:
+    def _get(self) -> "_Made":
         made = self._made
         if made is None or made[0] != os.getpid():
             with _creating:
                 made = self._made
                 if made is None or made[0] != os.getpid():
-                    made = self._made = (os.getpid(), *self._create())
-        return made
+                    made = self._made = (os.getpid(), self._create())
+        return made[1]
 
-    def _create(self) -> tuple[Any, Any]:
+    def _create(self) -> "_Made":
         import boto3
         import botocore.config
         import botocore.session
@@ -83,9 +108,9 @@ class S3Session:
         session.register_component("data_loader", _loader)
         # Dates stay text, as in the AWS CLI: parsing those of a listing takes most of its time.
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
-        client = boto3.Session(botocore_session=session, **self._session_options).client(
-            "s3", config=botocore.config.Config(**self._config_options), **self._client_options
-        )
+        boto3_session = boto3.Session(botocore_session=session, **self._session_options)
+        options = {"config": botocore.config.Config(**self._config_options), **self._client_options}
+        client = boto3_session.client("s3", **options)
         # boto3 may have found the endpoint in the environment.
         endpoint_url = client.meta.endpoint_url
         if self._must_be_confidential and not values.is_confidential(endpoint_url, True):
@@ -93,6 +118,7 @@ class S3Session:
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
+        client.meta.events.register("request-created.s3", self._count)
         if self._config_options["request_checksum_calculation"] == "when_required":
             client.meta.events.register("choose-signer.s3.PutObject", _choose_signer)
         config = s3transfer.manager.TransferConfig(
@@ -101,7 +127,31 @@ class S3Session:
             # More threads send no faster from one process: they wait for each other.
             max_request_concurrency=PARTS_AT_ONCE,
         )
-        return client, s3transfer.manager.TransferManager(client, config)
+        signer = self._make_signer(boto3_session, options, client)
+        return _Made(client, signer, s3transfer.manager.TransferManager(client, config))
+
+    def _make_signer(self, session: Any, options: dict[str, Any], client: Any) -> Any:
+        """Return a client that sends nothing; it has the other's credentials, which may expire."""
+        import botocore.config
+
+        host = urlsplit(self._public_endpoint_url or client.meta.endpoint_url).hostname or ""
+        on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        style = self._config_options["s3"]["addressing_style"]
+        if on_aws and style == "auto":
+            # With "auto" boto3 signs for the global host, which newer regions do not answer at.
+            style = self._aws_signing_style
+        elif not self._public_endpoint_url:
+            return client
+        config = botocore.config.Config(
+            **{**self._config_options, "s3": {"addressing_style": style}}
+        )
+        if self._public_endpoint_url:
+            options = {**options, "endpoint_url": self._public_endpoint_url}
+        return session.client("s3", **{**options, "config": config})
+
+    def _count(self, request: Any, **kwargs: Any) -> None:
+        attempt = request.context.get("retries", {}).get("attempt", 1)
+        self._counters.add(requests=1, retries=int(attempt > 1))
 
     def renew(self) -> None:
         """Let the next request make a new client; requests under way keep the old one."""
@@ -112,8 +162,8 @@ class S3Session:
         with _creating:
             made, self._made = self._made, None
         if made is not None and made[0] == os.getpid():
-            made[2].shutdown()
-            made[1].close()
+            made[1].transfers.shutdown()
+            made[1].client.close()
 
 
 def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:

@@ -1,8 +1,10 @@
 """One process of a host at a time: bytes of a file, locked by name."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 import fcntl
+from functools import partial
 import os
 import time
 import zlib
@@ -28,26 +30,34 @@ class SingleFlight:
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
         """Wait until no other process is in here with this name."""
+        deadline = time.monotonic() + TIMEOUT
+        while (end := self.begin(name)) is None:
+            # A stopped process must not stop the others.
+            if time.monotonic() > deadline:
+                end = _nothing
+                break
+            time.sleep(0.005)
+        try:
+            yield
+        finally:
+            end()
+
+    def begin(self, name: str) -> Callable[[], None] | None:
+        """Return what any thread calls in the end, or None while another process is in here."""
         try:
             file = self._open()
         except OSError:
             # Whoever cannot lock does work that another may be doing; that is only slower.
-            yield
-            return
+            return _nothing
         place = zlib.crc32(name.encode())
-        deadline = time.monotonic() + TIMEOUT
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-                break
-            except BlockingIOError:
-                # A stopped process must not stop the others.
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.005)
         try:
-            yield
-        finally:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except BlockingIOError:
+            return None
+        return partial(self._end, file, place)
+
+    def _end(self, file: int, place: int) -> None:
+        if self._made == (os.getpid(), file):  # it was not closed meanwhile
             fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
 
     def _open(self) -> int:
@@ -63,3 +73,7 @@ class SingleFlight:
         made, self._made = self._made, None
         if made is not None:
             os.close(made[1])
+
+
+def _nothing() -> None:
+    pass

@@ -49,13 +49,27 @@ class BlobDirSource:
 
         :raises OSError: when the directory is gone or cannot be read.
         """
-        path = self._files.getBlobFilename(oid, tid)
-        if not os.path.exists(path):
-            # An unmounted directory has no blobs; that does not mean there are none.
-            os.stat(self._landmark)
+        path = self._find(oid, tid)
+        if path is None:
             return False
         shutil.copyfile(path, target_path)
         return True
+
+    def size(self, oid: bytes, tid: bytes) -> int | None:
+        """Return the blob's bytes, or None when it has none.
+
+        :raises OSError: when the directory is gone or cannot be read.
+        """
+        path = self._find(oid, tid)
+        return None if path is None else os.path.getsize(path)
+
+    def _find(self, oid: bytes, tid: bytes) -> str | None:
+        path: str = self._files.getBlobFilename(oid, tid)
+        if os.path.exists(path):
+            return path
+        # An unmounted directory has no blobs; that does not mean there are none.
+        os.stat(self._landmark)
+        return None
 
     def close(self) -> None:
         """Nothing is kept open."""

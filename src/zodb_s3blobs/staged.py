@@ -12,6 +12,7 @@ from .interfaces import DISK_FULL
 from .keys import blob_key
 from .keys import TID_SIZE
 from .openkeys import OpenKeys
+from .stats import ReadCounters
 from .uploads import Upload
 from .uploads import UploadPool
 
@@ -70,6 +71,7 @@ class BlobServices:
 
     :param temporary_file: returns a path for a staged file, which nobody else uses.
     :param float grace: seconds that an object without a reference is left alone by sweeps.
+    :param ReadCounters counters: told how long S3 was waited for.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class BlobServices:
         temporary_file: Callable[[], str],
         grace: float,
         clocks: Callable[[], tuple[float, float]] = clocks,
+        counters: ReadCounters | None = None,
     ) -> None:
         self.client = client
         self.cache = cache
@@ -90,6 +93,7 @@ class BlobServices:
         self.open_keys = open_keys
         self.temporary_file = temporary_file
         self.grace = grace
+        self.counters = counters or ReadCounters()
         self.clocks = clocks
 
     def take_over(self, blobfilename: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
+from io import BufferedReader
 import logging
 import os
+import sys
 from typing import Any
 
 from ZODB.blob import BlobFile
@@ -31,6 +34,7 @@ from .basecontract import Base
 from .basecontract import innermost
 from .basecontract import is_read_only
 from .bases import base_of
+from .callers import loads_object
 from .commit import TransactionBlobs
 from .copying import copy_transactions
 from .garbage import Sweeper
@@ -40,11 +44,15 @@ from .interfaces import IS3BlobStorage
 from .keys import new_stamp
 from .loading import BlobLoader
 from .openkeys import OpenKeys
+from .prefetching import Prefetch
+from .prefetching import PrefetchReport
+from .reading import BlobReader
 from .rewriting import RewriteReport
 from .rewriting import TidRewriter
 from .staged import BlobServices
 from .staged import new_path
 from .staged import remove_quietly
+from .stats import ReadCounters
 from .translation import Translator
 from .undoing import LateUndo
 from .undoing import undo_at_once
@@ -109,14 +117,19 @@ class S3BlobStorage:
         base = base_of(base_storage, addressing, temp_dir)
         blobpatch.install()
         os.makedirs(temp_dir, mode=0o700, exist_ok=True)
-        loader = BlobLoader(cache, s3_client, [*sources, *base.sources])
+        counters = ReadCounters()
+        loader = BlobLoader(cache, s3_client, [*sources, *base.sources], counters)
         open_keys = OpenKeys()
         pool = pool or UploadPool()
         # Only the sweep of another process does not know what is in flight here.
         grace = gc_grace if base.shared else 0.0
-        services = BlobServices(s3_client, cache, loader, pool, open_keys, temporary_file, grace)
+        services = BlobServices(
+            s3_client, cache, loader, pool, open_keys, temporary_file, grace, counters=counters
+        )
         self.fshelper = FileNames(cache, temp_dir)
-        closeables = pool, *sources, cache, s3_client
+        # Apart from the uploads, which commits wait for.
+        self.__downloads = UploadPool(pool.concurrency, "zodb-s3blobs-download")
+        closeables = pool, self.__downloads, *sources, cache, s3_client
         self.__pass_through(base, services, closeables)
         self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__records.read, gc_grace)
 
@@ -129,6 +142,15 @@ class S3BlobStorage:
         self.__services = services
         self.__cache = services.cache
         self.__loader = services.loader
+        self.__counters = services.counters
+        self.__reader = BlobReader(
+            services.cache,
+            services.client,
+            services.loader,
+            self.__find_reference,
+            self.__find_staged,
+            services.counters,
+        )
         # All instances share them, and the first closes them.
         self.__closeables = closeables
         self.__db: Any = None
@@ -185,6 +207,7 @@ class S3BlobStorage:
         other = type(self).__new__(type(self))
         other.__pass_through(self.__kind.of(instance), self.__services)
         other.fshelper = self.fshelper
+        other.__downloads = self.__downloads
         other.__sweeper = self.__sweeper
         other.__records = copy(self.__records)
         return other
@@ -237,7 +260,8 @@ class S3BlobStorage:
         try:
             given = args[0] if args else kw.get("tid")
             tid = self.__kind.tid() if given is None else given
-            blobs = TransactionBlobs(self.__services, tid, given is None)
+            locks = self.__kind.locks_at_begin or given is not None
+            blobs = TransactionBlobs(self.__services, tid, given is None, locks)
             transaction.set_data(self, blobs)
         except BaseException:
             # Whatever it was, the base must not keep its lock.
@@ -362,15 +386,25 @@ class S3BlobStorage:
     def loadBlob(self, oid: bytes, serial: bytes) -> str:
         """Return the path of a complete, verified file with the revision's bytes.
 
+        ``Connection.setstate``, which loads the object and not its bytes, gets the path that the
+        file will have, or has.
+
         :raises POSKeyError: when the blob is nowhere.
         :raises S3OperationError: when that cannot be told.
         """
-        path: str | None = self.__cache.get(oid, serial)
-        return (
-            path
-            or self.__find_staged(oid, serial)
-            or self.__loader.load(oid, serial, self.__find_reference)
-        )
+        path: str | None
+        if loads_object(sys._getframe(1)):
+            path = self.__cache.path(oid, serial)
+            return path
+        path = self.__cache.get(oid, serial)
+        if path is not None:
+            self.__counters.hits += 1
+            return path
+        path = self.__find_staged(oid, serial)
+        if path is None:
+            with self.__counters.waiting():
+                path = self.__loader.load(oid, serial, self.__find_reference)
+        return path
 
     def __find_staged(self, oid: bytes, serial: bytes) -> str | None:
         # Only the running transaction knows its own tid, and the oids it creates.
@@ -393,6 +427,51 @@ class S3BlobStorage:
                     raise
         raise AssertionError("unreachable")
 
+    def blob_is_cached(self, oid: bytes, serial: bytes) -> bool:
+        """Tell whether the bytes of a blob are on this host."""
+        return self.__reader.is_cached(oid, serial)
+
+    def blob_size(self, oid: bytes, serial: bytes) -> int:
+        """Return the size of a blob in bytes, without a download."""
+        return self.__reader.size(oid, serial)
+
+    def open_blob_range(
+        self, oid: bytes, serial: bytes, start: int = 0, stop: int | None = None
+    ) -> BufferedReader:
+        """Open the bytes of a blob from start to below stop, without a download of the others."""
+        return self.__reader.open_range(oid, serial, start, stop)
+
+    def prefetch_blobs(self, revisions: Iterable[tuple[bytes, bytes]]) -> PrefetchReport:
+        """Bring blobs, given by oid and serial, into the cache, many at a time."""
+        return Prefetch(
+            self.__cache,
+            self.__loader,
+            self.__downloads,
+            self.__find_reference,
+            self.__counters,
+        ).run(revisions)
+
+    def presigned_url(
+        self,
+        oid: bytes,
+        serial: bytes,
+        expires_in: int = 60,
+        content_type: str | None = None,
+        filename: str | None = None,
+        disposition: str = "inline",
+    ) -> str | None:
+        """Return a URL by which a browser can GET a blob from S3 itself, None where it cannot."""
+        return self.__reader.presigned_url(
+            oid, serial, expires_in, content_type, filename, disposition
+        )
+
+    def stats(self) -> dict[str, float | None]:
+        """Return the numbers of this process by name; `stats.MEANINGS` explains them."""
+        client, cache = self.__services.client, self.__cache
+        counters = self.__counters, client.counters, cache.counters
+        numbers = {name: value for each in counters for name, value in each.values().items()}
+        return {**numbers, **cache.usage()}
+
     def temporaryDirectory(self) -> str:
         """Return the directory for uncommitted files; it outlives close()."""
         temp_dir: str = self.fshelper.temp_dir
@@ -412,7 +491,7 @@ class S3BlobStorage:
         sweeps = not (kw.get("prepack_only") or kw.get("check_refs"))
         if not self.__kind.tells_garbage:
             sweeps = False
-            logger.info("pack without a sweep: %r does not tell what is garbage", self.__base)
+            logger.info("pack without a sweep base=%r", self.__base)
         if sweeps:
             self.__refuse_read_only()
             self.__kind.about_to_pack()

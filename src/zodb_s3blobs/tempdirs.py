@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -29,6 +30,9 @@ class TempFiles:
 
     def __init__(self, parent: str) -> None:
         self._here = TempDirectory(parent)
+        # What `one_more` knows: a process and its directory; and a number for each file
+        self._last: tuple[int, str] | None = None
+        self._numbers = itertools.count()
         # By its parent: the system may have no place.
         self._elsewhere: dict[str, TempDirectory] = {}
 
@@ -43,6 +47,16 @@ class TempFiles:
             if error.errno in DISK_FULL:
                 raise
             return self.elsewhere()
+
+    def one_more(self) -> str:
+        """Return what `file` does, but without a look whether the directory is still there.
+
+        :raises OSError: as `file`, by the first call.
+        """
+        if self._last is None or self._last[0] != os.getpid():
+            self._last = os.getpid(), os.path.dirname(self.file())
+        pid, directory = self._last
+        return f"{directory}/{pid}-{next(self._numbers)}.tmp"
 
     def elsewhere(self) -> str:
         """Return a path in the system's place.

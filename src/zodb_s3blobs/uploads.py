@@ -5,20 +5,21 @@ from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 import os
 import threading
+from typing import Any
 
 from .cancellation import Cancellation
 
 
-Work = Callable[[Cancellation], None]
+Work = Callable[[Cancellation], Any]
 
 
 class Upload:
     """One piece of work, somewhere between waiting in the pool and done.
 
-    Attributes: ``future``, whose result is None.
+    Attributes: ``future``, with the work's result.
     """
 
-    def __init__(self, future: "Future[None]", cancelled: Cancellation) -> None:
+    def __init__(self, future: "Future[Any]", cancelled: Cancellation) -> None:
         self.future = future
         self._cancelled = cancelled
 
@@ -37,10 +38,12 @@ class UploadPool:
     """Threads shared by all transactions of a storage; a forked child gets its own.
 
     :param int concurrency: how many uploads run at the same time.
+    :param str name: of its threads.
     """
 
-    def __init__(self, concurrency: int = 32) -> None:
-        self._concurrency = concurrency
+    def __init__(self, concurrency: int = 32, name: str = "zodb-s3blobs") -> None:
+        self.concurrency = concurrency
+        self._name = name
         self._lock = threading.Lock()
         # Guarded by _lock: (pid, executor) of this process.
         self._made: tuple[int, ThreadPoolExecutor] | None = None
@@ -50,22 +53,20 @@ class UploadPool:
         cancelled = Cancellation()
         return Upload(self._submit(work, cancelled), cancelled)
 
-    def _submit(self, work: Work, cancelled: Cancellation) -> "Future[None]":
+    def _submit(self, work: Work, cancelled: Cancellation) -> "Future[Any]":
         # A submit that can start no thread raises with the work in the queue all the same.
         mine = threading.Lock()
 
-        def once(cancelled: Cancellation) -> None:
-            if mine.acquire(blocking=False):
-                work(cancelled)
+        def once(cancelled: Cancellation) -> Any:
+            return work(cancelled) if mine.acquire(blocking=False) else None
 
         try:
             return self._executor().submit(once, cancelled)
         except RuntimeError:
             # The interpreter is shutting down and takes no new work: do it here.
-            future: Future[None] = Future()
+            future: Future[Any] = Future()
             try:
-                once(cancelled)
-                future.set_result(None)
+                future.set_result(once(cancelled))
             except BaseException as error:
                 future.set_exception(error)
             return future
@@ -73,7 +74,7 @@ class UploadPool:
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._made is None or self._made[0] != os.getpid():
-                executor = ThreadPoolExecutor(self._concurrency, "zodb-s3blobs")
+                executor = ThreadPoolExecutor(self.concurrency, self._name)
                 self._made = (os.getpid(), executor)
             return self._made[1]
 

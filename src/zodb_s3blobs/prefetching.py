@@ -1,0 +1,157 @@
+"""Brings many blobs into the cache at the same time."""
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+import logging
+import os
+import threading
+from typing import Any
+
+from ZODB.POSException import POSKeyError
+
+from .interfaces import IntegrityError
+from .interfaces import S3OperationError
+from .loading import BlobLoader
+from .loading import FindReference
+from .reports import Report
+from .stats import ReadCounters
+from .uploads import Upload
+from .uploads import UploadPool
+
+
+logger = logging.getLogger(__name__)
+
+# Oid and serial, with what has the path in the end
+_Done = tuple[tuple[bytes, bytes], Future[Any]]
+
+# Blobs that are under way or wait for each thread of the pool, so that none of them has to wait.
+WAITING = 4
+
+
+class PrefetchReport(Report):
+    """Counts of blobs, and the bytes of those that were fetched."""
+
+    def __init__(self) -> None:
+        #: that were in the cache
+        self.cached = 0
+        self.fetched = 0
+        #: that are nowhere
+        self.missing = 0
+        self.failed = 0
+        #: left out after S3 had failed, or the cache was full of what was fetched
+        self.skipped = 0
+        self.bytes = 0
+
+
+class Prefetch:
+    """One call.
+
+    The revisions are taken from the iterable as threads become free, and what the threads hold in
+    memory does not depend on how many there are.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        loader: BlobLoader,
+        pool: UploadPool,
+        find_reference: FindReference,
+        counters: ReadCounters,
+    ) -> None:
+        self._cache = cache
+        self._loader = loader
+        self._pool = pool
+        self._find_reference = find_reference
+        self._counters = counters
+        self._report = PrefetchReport()
+        # What has ended, and how much the caller waits for at a time: where many threads compute,
+        # each time that one more of them wakes up costs all the others.
+        self._done: deque[_Done] = deque()
+        self._awaited = 0
+        self._arrived = threading.Event()
+        # What is under way, by oid and serial
+        self._running: dict[tuple[bytes, bytes], Upload] = {}
+        self._is_over = False
+        self._has_failed = False
+
+    def run(self, revisions: Iterable[tuple[bytes, bytes]]) -> PrefetchReport:
+        """Fetch what is not cached; a failure of S3 ends it, and is logged and counted."""
+        try:
+            for oid, serial in revisions:
+                self._add(oid, serial)
+                if len(self._running) >= WAITING * self._pool.concurrency:
+                    self._collect(len(self._running) // 2)
+            self._collect(0)
+        finally:
+            for work in self._running.values():
+                work.cancel()
+        return self._report
+
+    def _add(self, oid: bytes, serial: bytes) -> None:
+        # What is named a second time will be there.
+        if (oid, serial) in self._running or self._cache.get(oid, serial) is not None:
+            self._report.cached += 1
+        elif self._is_over:
+            self._report.skipped += 1
+        else:
+            try:
+                # In this thread, to which the base's instance belongs.
+                stamp = self._find_reference(oid, serial)
+            except POSKeyError:
+                self._report.missing += 1
+                return
+            # And nothing else: where many threads compute, this one rarely has its turn.
+            work = self._pool.start(lambda cancelled: self._fetch(oid, serial, stamp))
+            self._running[oid, serial] = work
+
+    def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None) -> None:
+        outcome: Future[str | None] = Future()
+        if self._is_over:
+            outcome.set_result(None)
+        else:
+            outcome = self._loader.load_soon(oid, serial, stamp)
+        outcome.add_done_callback(lambda outcome: self._end((oid, serial), outcome))
+
+    def _end(self, name: tuple[bytes, bytes], outcome: "Future[str | None]") -> None:
+        error = outcome.exception()
+        if isinstance(error, (S3OperationError, OSError)) and not isinstance(error, IntegrityError):
+            self._is_over = True
+        self._done.append((name, outcome))
+        if len(self._done) >= self._awaited:
+            self._arrived.set()
+
+    def _collect(self, limit: int) -> None:
+        """Wait until no more than this many blobs are under way, and count the others."""
+        self._arrived.clear()
+        self._awaited = len(self._running) - limit
+        if len(self._done) < self._awaited:
+            with self._counters.waiting():
+                self._arrived.wait()
+        while self._done:
+            name, outcome = self._done.popleft()
+            del self._running[name]
+            try:
+                self._count(outcome.result())
+            except POSKeyError:
+                self._report.missing += 1
+            except IntegrityError as error:
+                logger.warning("prefetch leaves out key=%s: %s", error.key, error)
+                self._report.failed += 1
+            except (S3OperationError, OSError) as error:
+                if not self._has_failed:
+                    logger.warning("prefetch given up: %s", error)
+                self._report.failed += 1
+                self._has_failed = True
+
+    def _count(self, path: str | None) -> None:
+        if path is None:
+            self._report.skipped += 1
+            return
+        self._report.fetched += 1
+        try:
+            self._report.bytes += os.path.getsize(path)
+        except FileNotFoundError:
+            pass  # evicted again
+        # What comes now would evict what has come first.
+        self._is_over = self._is_over or self._report.bytes >= self._cache.max_size
