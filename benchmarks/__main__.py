@@ -22,6 +22,7 @@ from zodb_s3blobs.testing.process import ServiceMissing
 from . import caching
 from . import commit
 from . import filestorage
+from . import objects
 from . import opening
 from . import packing
 from . import postgresql
@@ -38,6 +39,10 @@ BENCHMARKS = {
     "read-threads": reading.threads,
     "read-large": reading.large_blob,
     "read-cached": reading.cached,
+    "load-objects": objects.loaded,
+    "prefetch": objects.prefetch,
+    "part": objects.part,
+    "counting": objects.counting,
     "evict": caching.eviction,
     "evict-hits": caching.hits,
     "one-blob": caching.one_blob,
