@@ -113,6 +113,7 @@ def test_defaults_are_those_of_the_documentation(text):
     [
         ("s3-prefix my/site/", "my/site"),
         ("s3-endpoint-url https://s3.example.com", "https://s3.example.com"),
+        ("s3-public-endpoint-url https://files.example.com", "https://files.example.com"),
         ("s3-region eu-central-1", "eu-central-1"),
         ("s3-use-ssl no", False),
         ("s3-addressing-style virtual", "virtual"),
@@ -164,6 +165,7 @@ def test_key_is_taken(text, line, value):
         ("s3-prefix a\\b", "letters"),
         ("s3-endpoint-url s3.example.com", "such as https://"),
         ("s3-endpoint-url s3://bucket", "such as https://"),
+        ("s3-public-endpoint-url files.example.com", "such as https://"),
         ("s3-endpoint-url https://s3.example.com:port", "[Pp]ort"),
         ("s3-endpoint-url https://user:pw@s3.example.com", "no user, password"),
         ("s3-use-ssl maybe", "boolean"),

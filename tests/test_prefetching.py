@@ -1,7 +1,9 @@
 """Many blobs come into the cache together, and nothing else is held up or left behind by it."""
 
+import contextlib
 import logging
 import os
+import shutil
 import threading
 
 import pytest
@@ -9,13 +11,18 @@ import transaction
 from ZODB.blob import Blob
 from ZODB.Connection import TransactionMetaData
 from ZODB.DB import DB
+from ZODB.FileStorage import FileStorage
 from ZODB.utils import p64
 
+from zodb_s3blobs.cache import S3BlobCache
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.prefetching import PrefetchReport
+from zodb_s3blobs.storage import S3BlobStorage
 from zodb_s3blobs.uploads import UploadPool
 
+from .faults import in_child
+from .services.process import wait_until
 from .storages import BLOB_RECORD
 from .storages import commit_blob
 from .storages import commit_record
@@ -23,6 +30,7 @@ from .storages import Failure
 from .storages import Gate
 from .storages import leftovers
 from .storages import load
+from .storages import make_client
 from .storages import make_storage
 from .storages import open_relstorage
 from .storages import PATIENCE
@@ -46,6 +54,7 @@ class Site:
     """
 
     def __init__(self, location, directory):
+        self.location = location
         self._options = location, directory
         self._caches = 0
         self.storage = self.client = None
@@ -496,3 +505,98 @@ def test_blob_that_is_committed_after_a_prefetch_is_fetched_by_the_next(site):
     tid = commit_blob(storage, p64(50), b"found", lost)
     os.remove(storage.fshelper.getBlobFilename(p64(50), tid))
     assert counts(storage.prefetch_blobs([(p64(50), tid)])) == {"fetched": 1}
+
+
+# Other processes, and trouble on disk
+
+
+def test_blob_that_another_process_fetches_is_not_fetched_again(site):
+    """It is waited for, and found in the cache."""
+    storage = site.open(4)
+    oid, serial = site.revisions[0]
+    path = storage.fshelper.getBlobFilename(oid, serial)
+    directory = os.path.dirname(os.path.dirname(path))
+    fetching, ended = os.pipe(), os.pipe()
+
+    def other_process():
+        cache = S3BlobCache(directory)
+        filling = cache.begin_filling(oid, serial)
+        assert cache.begin_filling(oid, p64(1)) is not None  # another one
+        os.write(fetching[1], b"x")
+        os.read(ended[0], 1)
+        with open(filling.path, "wb") as file:
+            file.write(random_bytes(oid, SIZE))
+        cache.put(oid, serial, filling.path)
+        filling.end()
+
+    child = start(in_child, other_process)
+    os.read(fetching[0], 1)
+    running = start(storage.prefetch_blobs, site.revisions)
+    wait_until(lambda: site.client.count("download_file") == 3)
+    assert running.is_alive()
+    os.write(ended[1], b"x")
+    child.result()
+    assert counts(running.result()) == {"fetched": 4}
+    assert site.client.count("download_file") == 3
+    site.check_cached()
+
+
+def test_blob_that_has_come_meanwhile_is_not_fetched_again(site):
+    """Between its turn and the moment that it was looked for another thread may have loaded it."""
+    storage = site.open(CONCURRENCY + 1)
+    gate = site.client.before["download_file"] = Gate()
+    running = start(storage.prefetch_blobs, site.revisions)
+    wait_until(lambda: site.client.count("download_file") == CONCURRENCY)
+    site.client.before.clear()
+    load(storage, *site.revisions[-1])
+    gate.open()
+    assert counts(running.result()) == {"fetched": CONCURRENCY + 1}
+    assert site.client.count("download_file") == CONCURRENCY + 1
+
+
+def test_directory_of_temporary_files_that_is_gone_is_made_anew(site):
+    """As for every other blob; nothing fails."""
+    storage = site.open(20)
+    storage.prefetch_blobs(site.revisions[:10])
+    shutil.rmtree(os.path.dirname(storage.temporaryDirectory()) + "/process")
+    assert counts(storage.prefetch_blobs(site.revisions)) == {"cached": 10, "fetched": 10}
+    site.check_cached()
+
+
+def test_thread_that_waits_for_a_prefetched_file_gets_it_though_it_cannot_be_put(site):
+    """It loads the blob by itself."""
+    storage = site.open(1)
+    gate = site.client.before["download_file"] = Gate()
+    running = start(storage.prefetch_blobs, site.revisions)
+    gate.wait()
+    waiting = start(load, storage, *site.revisions[0])
+    wait_until(lambda: storage.stats()["waits_total"] == 1)
+    site.client.before.clear()
+    lose = [os.remove]  # once
+    site.client.after["download_file"] = lambda key, path: lose and lose.pop()(path)
+    gate.open()
+    assert waiting.result() == random_bytes(site.revisions[0][0], SIZE)
+    running.result()
+    assert leftovers(storage) == []
+
+
+@contextlib.contextmanager
+def new_target(site, tmp_path):
+    """Yield an empty storage over another file, with a prefix of its own."""
+    base = FileStorage(f"{tmp_path}/Target.fs")
+    client = make_client(site.location, prefix="target")
+    storage = S3BlobStorage(base, client, S3BlobCache(f"{tmp_path}/target"))
+    yield storage
+    storage.close()
+
+
+def test_copy_from_a_storage_of_ours_fetches_the_blobs_of_a_transaction_together(site, tmp_path):
+    """Where a batch is known, we prefetch ourselves."""
+    source = site.open(4 * CONCURRENCY)
+    crowd = Crowd(site.client, CONCURRENCY)
+    with new_target(site, tmp_path) as target:
+        target.copyTransactionsFrom(source)
+        for oid, serial in site.revisions:
+            assert load(target, oid, serial) == random_bytes(oid, SIZE)
+    assert crowd.largest == CONCURRENCY
+    assert site.client.count("download_file") == 4 * CONCURRENCY

@@ -485,3 +485,12 @@ def test_url_over_a_relstorage_is_that_of_the_reference(opened, s3, tmp_path, ke
     url = storage.presigned_url(OID, tid)
     assert urlsplit(url).path.endswith(blob_key(OID, tid))
     assert get(url)[1] == b"some bytes"
+
+
+def test_public_endpoint_is_configured(s3, tmp_path):
+    """The key of zope.conf is what URLs begin with; the storage itself does not use it."""
+    storage = open_storage(s3, tmp_path, s3_public_endpoint_url="https://files.example.com")
+    serial = commit_blob(storage, p64(1), b"bytes")
+    url = storage.presigned_url(p64(1), serial)
+    assert url.startswith(f"https://files.example.com/{s3.bucket}/blobs/1/")
+    storage.close()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 import errno
+import logging
 import os
 from typing import Any
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from .keys import blob_key
 from .sections import Section
 from .stats import ReadCounters
 
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -161,10 +164,11 @@ class BlobLoader:
             filling = self._cache.begin_filling(oid, serial)
             if filling is not None:
                 mine.add_done_callback(lambda _mine: filling.end())
-                flight = _Flight(oid, serial, filling.path, mine)
-                if self._fly(flight, stamp):
+                is_missing = self._cache.get(oid, serial) is None  # as it was a while ago
+                if is_missing and self._fly(_Flight(oid, serial, filling.path, mine), stamp):
                     return mine
-            # Another process fetches it, and this one waits for that; or the disk makes trouble.
+            # It is there now; or another process fetches it, or the disk makes trouble: then that
+            # waits, or knows what to do.
             mine.set_result(self._fill(oid, serial, lambda oid, serial: stamp))
         except BaseException as error:
             # Whatever it was, those who wait must learn of it.
@@ -196,15 +200,15 @@ class BlobLoader:
             entries = [(flight.oid, flight.serial, flight.path) for flight in flights]
             paths = self._cache.put_all(entries)
         except Exception:
-            # Whatever it is, each is tried alone, and that tells those who wait for it.
-            pass
+            pass  # whatever it is, each is tried alone
         for flight, path in zip(flights, paths, strict=True):
             try:
-                put = self._cache.put
-                flight.outcome.set_result(path or put(flight.oid, flight.serial, flight.path))
-            except BaseException as error:
-                # Whatever it was, those who wait must learn of it.
-                flight.outcome.set_exception(error)
+                path = path or self._cache.put(flight.oid, flight.serial, flight.path)
+            except Exception:
+                # Whatever it is, such as somebody who removes the directory: who wants the blob
+                # loads it by himself.
+                logger.warning("prefetched, but not cached path=%s", flight.path, exc_info=True)
+            flight.outcome.set_result(path)
 
     def locate(self, oid: bytes, serial: bytes, find_reference: FindReference) -> Located:
         """Return where the bytes of a revision are, and how many.
