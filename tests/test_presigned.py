@@ -35,6 +35,7 @@ from .storages import Failure
 from .storages import make_client
 from .storages import make_storage
 from .storages import open_relstorage
+from .storages import open_storage
 from .storages import store_blob
 from .storages import TcpProxy
 from .storages import write_file
