@@ -13,7 +13,9 @@ from ZODB.blob import Blob
 from ZODB.DB import DB
 from ZODB.FileStorage import FileStorage
 from ZODB.POSException import POSKeyError
+from ZODB.utils import p64
 
+from zodb_s3blobs.blobs import is_cached
 from zodb_s3blobs.blobs import open_range
 from zodb_s3blobs.blobs import prefetch
 from zodb_s3blobs.blobs import presigned_url
@@ -525,3 +527,46 @@ class TestDemoStorage:
             assert [read(conn.root()[name]) for name in "abc"] == [
                 b"a1", b"b in the changes", b"c in the changes",
             ]  # fmt: skip
+
+
+class NamedFile:
+    """As plone.namedfile's, it has a blob and is none."""
+
+    _blob = Blob()
+
+
+@pytest.mark.parametrize("call", [size, open_range, is_cached, presigned_url])
+@pytest.mark.parametrize("other", [NamedFile(), None, (p64(1), p64(1))])
+def test_what_is_no_blob_is_an_error_that_says_so(call, other):
+    """A file of plone.namedfile is the commonest mistake."""
+    for mistaken in (lambda: call(other), lambda: prefetch([other])):
+        with pytest.raises(TypeError, match=r"a ZODB.blob.Blob is needed, not a .*_blob"):
+            mistaken()
+
+
+@pytest.mark.parametrize("bounds", [(1.5,), (0, 2.5), ("1",)])
+def test_positions_are_whole_numbers(bounds):
+    """Anything else would be taken for another position, or none."""
+    with pytest.raises(TypeError):
+        open_range(Blob(b"bytes"), *bounds)
+
+
+def test_blob_is_cached_as_long_as_its_bytes_are_here(s3, tmp_path):
+    """Uncommitted ones are; to ask is no read."""
+    storage, client = make_storage(s3, tmp_path)
+    db = DB(storage)
+    manager = transaction.TransactionManager()
+    conn = db.open(manager)
+    assert is_cached(Blob())
+    blob = conn.root()["blob"] = Blob(b"bytes")
+    assert is_cached(blob)
+    manager.commit()
+    assert is_cached(blob)
+    os.remove(blob.committed())
+    before = len(client.calls)
+    assert not is_cached(blob)
+    assert len(client.calls) == before
+    assert read(blob) == b"bytes"
+    assert is_cached(blob)
+    conn.close()
+    db.close()

@@ -194,6 +194,24 @@ def test_redirect_goes_to_the_public_endpoint(open_root):
     assert dict(answer.headers)["Location"].startswith("https://files.example.com/bucket-")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"expires_in": 0}, {"expires_in": True}, {"expires_in": 60.5}, {"accel_location": "s3blobs"}],
+)
+def test_delivery_that_cannot_work_is_refused_at_once(options):
+    """And not by each request."""
+    with pytest.raises(ValueError, match=r"seconds|slash"):
+        Delivery(**options)
+
+
+def test_small_file_is_sent_from_here(open_root, front):
+    """A second request of the browser would take longer; what is as large is S3's."""
+    root = open_root()
+    check_whole(Delivery(min_size=SIZE + 1).answer(root["file"]), DATA)
+    assert front.kinds().count("GET") == 1
+    assert Delivery(min_size=SIZE).answer(root["file"]).status == 302
+
+
 # X-Accel-Redirect
 
 
@@ -206,8 +224,8 @@ def test_nginx_gets_the_path_of_the_url(open_root, front, urls, location, method
     assert answer.body is None
     headers = dict(answer.headers)
     assert front.endpoint_url + headers["X-Accel-Redirect"].removeprefix("/s3blobs") == urls[0]
-    assert headers["Cache-Control"] == "no-store"
     assert "Location" not in headers
+    assert "Cache-Control" not in headers  # the browser sees no URL: that is the site's business
     assert front.kinds() == ["HEAD"]
 
 

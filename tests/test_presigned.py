@@ -431,6 +431,8 @@ def test_s3_that_is_down_is_a_transient_error_with_the_blobs_name(opened):
         {"expires_in": 0},
         {"expires_in": -1},
         {"expires_in": 604_801},
+        {"expires_in": True},
+        {"expires_in": 60.0},
         {"disposition": "form-data"},
         {"disposition": "attachment; filename=x"},
         {"disposition": ""},

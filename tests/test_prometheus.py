@@ -134,3 +134,9 @@ def test_storage_of_a_database_with_zlibstorage_tells_them(s3, tmp_path):
     assert len(found) == len(MEANINGS) - 1  # an empty cache has no age
     assert found["zodb_s3blobs_cache_max_bytes", "main"] == 1 << 30
     db.close()
+
+
+def test_what_has_no_numbers_is_refused_at_once():
+    """And not by each scrape."""
+    with pytest.raises(TypeError, match="main is no S3BlobStorage but a dict"):
+        S3BlobsCollector({"main": {}})

@@ -107,6 +107,15 @@ def test_endpoint_that_is_no_url_is_refused(text):
 
 
 @pytest.mark.parametrize(
+    "host", ["minio_s3:9000", "x y", "-s3.example.com", "s3-.example.com", "s3..example.com"]
+)
+def test_endpoint_with_a_host_that_boto3_refuses_is_refused(host):
+    """It would do so with the first commit."""
+    with pytest.raises(ValueError, match="letters, digits and hyphens"):
+        values.endpoint_url(f"http://{host}")
+
+
+@pytest.mark.parametrize(
     "url", ["https://s3.example.com:port", "https://s3.example.com:99999", "https://[::1"]
 )
 def test_endpoint_with_a_port_or_host_that_cannot_be_is_refused(url):

@@ -22,6 +22,7 @@ from ZODB.POSException import POSKeyError
 
 from .interfaces import IS3BlobStorage
 from .prefetching import PrefetchReport
+from .sections import checked_range
 from .sections import FileSection
 
 
@@ -69,8 +70,7 @@ def open_range(blob: Blob, start: int = 0, stop: int | None = None) -> io.Buffer
     :raises POSKeyError: when the blob is nowhere.
     :raises S3OperationError: when that cannot be told, and when it is read and S3 fails.
     """
-    if start < 0 or (stop is not None and stop < 0):
-        raise ValueError(f"positions count from 0, not {start} to {stop}")
+    start, stop = checked_range(start, stop)
     if _is_local(blob):
         path = _local_path(blob) or os.devnull
         return FileSection(open(path, "rb", buffering=0), start, stop).buffered()
@@ -89,7 +89,9 @@ def prefetch(blobs: Iterable[Any], storage: Any = None) -> PrefetchReport:
 
     :param blobs: any iterable of Blobs; with a storage of pairs of oid and serial, 8 bytes each.
     :param storage: such as the ``storage`` of a ``ZODB.DB``.
-    :returns: a `PrefetchReport` with counts.
+    :returns: a `PrefetchReport` with counts; what is not committed, or in another kind of storage,
+        is not counted.
+    :raises TypeError: for what is no Blob.
     """
     total = PrefetchReport()
     pairs = _committed(blobs)
@@ -127,9 +129,18 @@ def presigned_url(
 
 def _is_local(blob: Blob) -> bool:
     """Tell whether the bytes are a file of the transaction, or there are none yet."""
+    _require_blob(blob)
     blob._p_activate()  # the _p_blob_ attributes do not load a ghost
     committed = blob._p_blob_committed
     return bool(blob._p_blob_uncommitted or not committed or committed.endswith(SAVEPOINT_SUFFIX))
+
+
+def _require_blob(blob: Any) -> None:
+    if not isinstance(blob, Blob):
+        raise TypeError(
+            f"a ZODB.blob.Blob is needed, not a {type(blob).__name__} (plone.namedfile's files have"
+            " one as their _blob; pairs of oid and serial need a storage)"
+        )
 
 
 def _local_path(blob: Blob) -> str | None:
@@ -165,6 +176,8 @@ def _committed(blobs: Iterable[Blob]) -> Iterator[tuple[Any, tuple[bytes, bytes]
     """Yield the storages and revisions of those of the blobs that are committed."""
     rest = iter(blobs)
     while batch := list(islice(rest, RECORDS)):
+        for blob in batch:
+            _require_blob(blob)
         # The jar of a new one is None.
         for jar, group in groupby(batch, key=lambda blob: blob._p_jar):
             if jar is not None:

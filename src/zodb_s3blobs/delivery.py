@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from ZODB.blob import Blob
 
 from . import blobs
+from . import values
 from .headers import content_disposition
 from .headers import media_type
 from .interfaces import TransientS3Error
@@ -44,11 +45,19 @@ class Delivery:
     :param str accel_location: the nginx location that passes requests on to S3, such as
         ``/s3blobs``: with it X-Accel-Redirect is sent to nginx, without it a redirect to the
         browser.
+    :param int min_size: what has fewer bytes is sent from here: for a small file a second request
+        takes longer than its bytes.
+    :raises ValueError: for a value that cannot be right.
     """
 
-    def __init__(self, expires_in: int = 60, accel_location: str | None = None) -> None:
-        self._expires_in = expires_in
+    def __init__(
+        self, expires_in: int = 60, accel_location: str | None = None, min_size: int = 0
+    ) -> None:
+        if accel_location is not None and not accel_location.startswith("/"):
+            raise ValueError(f"an nginx location begins with a slash, not {accel_location!r}")
+        self._expires_in = values.url_seconds(expires_in)
         self._accel_location = accel_location
+        self._min_size = min_size
 
     def zope(
         self,
@@ -137,9 +146,11 @@ class Delivery:
         # A signature is for GET. Nginx asks by GET whatever it was asked.
         if method == "GET" or self._accel_location:
             try:
-                url = blobs.presigned_url(
-                    blob, self._expires_in, content_type, filename, disposition
-                )
+                url = None
+                if not self._min_size or blobs.size(blob) >= self._min_size:
+                    url = blobs.presigned_url(
+                        blob, self._expires_in, content_type, filename, disposition
+                    )
             except TransientS3Error:
                 if not blobs.is_cached(blob):
                     raise
@@ -151,13 +162,14 @@ class Delivery:
         return _serve(blob, method, range_header if has_range else None, headers)
 
     def _delegate(self, url: str, headers: list[tuple[str, str]]) -> Answer:
-        # No cache may keep the URL longer than it is valid, or give it to somebody else.
-        no_store = ("Cache-Control", "no-store")
         if self._accel_location is None:
-            return Answer(HTTPStatus.FOUND, [("Location", url), no_store, *NOTHING], None)
+            # No cache may keep the URL longer than it is valid, or give it to somebody else.
+            redirect = [("Location", url), ("Cache-Control", "no-store"), *NOTHING]
+            return Answer(HTTPStatus.FOUND, redirect, None)
         parts = urlsplit(url)
         target = f"{self._accel_location.rstrip('/')}{parts.path}?{parts.query}"
-        return Answer(HTTPStatus.OK, [("X-Accel-Redirect", target), no_store, *headers], None)
+        accel = [("X-Accel-Redirect", target), ("Content-Length", "0"), *headers]
+        return Answer(HTTPStatus.OK, accel, None)
 
 
 class _Chunks:

@@ -158,7 +158,7 @@ class BlobLoader:
         other = self._flights.setdefault(name, mine)
         if other is not mine:
             return other
-        self._counters.add(misses=1)
+        self._counters.add(prefetches=1)
         mine.add_done_callback(lambda _mine: self._flights.pop(name))
         try:
             filling = self._cache.begin_filling(oid, serial)

@@ -72,8 +72,12 @@ class Prefetch:
         self._arrived = threading.Event()
         # What is under way, by oid and serial
         self._running: dict[tuple[bytes, bytes], Upload] = {}
-        self._is_over = False
         self._has_failed = False
+        self._lock = threading.Lock()
+        # Guarded by _lock: whether no more is to be fetched; how many blobs are being fetched, the
+        # bytes of those that were, and of the largest.
+        self._is_over = False
+        self._fetching = self._bytes = self._largest = 0
 
     def run(self, revisions: Iterable[tuple[bytes, bytes]]) -> PrefetchReport:
         """Fetch what is not cached; a failure of S3 ends it, and is logged and counted."""
@@ -83,6 +87,7 @@ class Prefetch:
                 if len(self._running) >= WAITING * self._pool.concurrency:
                     self._collect(len(self._running) // 2)
             self._collect(0)
+            self._report.bytes = self._bytes
         finally:
             for work in self._running.values():
                 work.cancel()
@@ -107,16 +112,38 @@ class Prefetch:
 
     def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None) -> None:
         outcome: Future[str | None] = Future()
-        if self._is_over:
-            outcome.set_result(None)
-        else:
+        if self._may_begin():
             outcome = self._loader.load_soon(oid, serial, stamp)
+            outcome.add_done_callback(self._take_note)
+        else:
+            outcome.set_result(None)
         outcome.add_done_callback(lambda outcome: self._end((oid, serial), outcome))
 
+    def _may_begin(self) -> bool:
+        """Tell whether there is room for one more; it is taken to be as large as the largest."""
+        with self._lock:
+            size = self._bytes + (self._fetching + 1) * self._largest
+            # What comes then would evict what has come first.
+            self._is_over = self._is_over or size > self._cache.max_size
+            self._fetching += not self._is_over
+            return not self._is_over
+
+    def _take_note(self, outcome: "Future[str | None]") -> None:
+        error, size = outcome.exception(), 0
+        try:
+            path = None if error else outcome.result()
+            size = 0 if path is None else os.path.getsize(path)
+        except OSError:
+            pass  # evicted again
+        with self._lock:
+            self._fetching -= 1
+            self._bytes += size
+            self._largest = max(self._largest, size)
+            if isinstance(error, (S3OperationError, OSError)):
+                # An object that is damaged says nothing of the others.
+                self._is_over = self._is_over or not isinstance(error, IntegrityError)
+
     def _end(self, name: tuple[bytes, bytes], outcome: "Future[str | None]") -> None:
-        error = outcome.exception()
-        if isinstance(error, (S3OperationError, OSError)) and not isinstance(error, IntegrityError):
-            self._is_over = True
         self._done.append((name, outcome))
         if len(self._done) >= self._awaited:
             self._arrived.set()
@@ -132,7 +159,10 @@ class Prefetch:
             name, outcome = self._done.popleft()
             del self._running[name]
             try:
-                self._count(outcome.result())
+                if outcome.result() is None:
+                    self._report.skipped += 1
+                else:
+                    self._report.fetched += 1
             except POSKeyError:
                 self._report.missing += 1
             except IntegrityError as error:
@@ -143,15 +173,3 @@ class Prefetch:
                     logger.warning("prefetch given up: %s", error)
                 self._report.failed += 1
                 self._has_failed = True
-
-    def _count(self, path: str | None) -> None:
-        if path is None:
-            self._report.skipped += 1
-            return
-        self._report.fetched += 1
-        try:
-            self._report.bytes += os.path.getsize(path)
-        except FileNotFoundError:
-            pass  # evicted again
-        # What comes now would evict what has come first.
-        self._is_over = self._is_over or self._report.bytes >= self._cache.max_size

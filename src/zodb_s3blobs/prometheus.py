@@ -25,10 +25,14 @@ class S3BlobsCollector(Collector):
 
     :param storages: by the value of the label ``database``, such as the ``storage`` of a
         ``ZODB.DB``.
+    :raises TypeError: for a storage that has no numbers.
     """
 
     def __init__(self, storages: Mapping[str, Any]) -> None:
         self._storages = dict(storages)
+        for database, storage in self._storages.items():
+            if not hasattr(storage, "stats"):
+                raise TypeError(f"{database} is no S3BlobStorage but a {type(storage).__name__}")
 
     def collect(self) -> Iterator[Metric]:
         """Yield the numbers; those that cannot be told at the moment are left out."""

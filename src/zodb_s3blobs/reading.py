@@ -5,18 +5,16 @@ import io
 import os
 from typing import Any
 
+from . import values
 from .headers import content_disposition
 from .headers import media_type
 from .interfaces import EVICTION_ATTEMPTS
 from .loading import BlobLoader
 from .loading import FindReference
 from .loading import Located
+from .sections import checked_range
 from .sections import FileSection
 from .stats import ReadCounters
-
-
-# Seconds; signature version 4 allows no more.
-LONGEST_URL = 7 * 86400
 
 
 class BlobReader:
@@ -60,8 +58,7 @@ class BlobReader:
         self, oid: bytes, serial: bytes, start: int, stop: int | None
     ) -> io.BufferedReader:
         """Open the bytes from start to below stop, or to the end."""
-        if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"positions count from 0, not {start} to {stop}")
+        start, stop = checked_range(start, stop)
         if stop is not None and stop <= start:
             self.size(oid, serial)  # what is nowhere is an error here, too
             return FileSection(open(os.devnull, "rb", buffering=0)).buffered()
@@ -97,10 +94,7 @@ class BlobReader:
         disposition: str,
     ) -> str | None:
         """Return a URL that a browser can GET, None where S3 cannot deliver the blob."""
-        if not isinstance(expires_in, int) or not 1 <= expires_in <= LONGEST_URL:
-            raise ValueError(
-                f"a URL is valid for 1 to {LONGEST_URL} seconds, a whole number, not {expires_in!r}"
-            )
+        values.url_seconds(expires_in)
         if content_type is not None:
             content_type = media_type(content_type)
         header = content_disposition(disposition, filename)

@@ -5,13 +5,13 @@ takes a quarter of a second and 40 MB, so that happens with the first request.
 """
 
 import base64
+from collections.abc import Callable
 from collections.abc import Mapping
 import hashlib
 import io
 import os
 import threading
 from typing import Any
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from . import values
@@ -29,12 +29,23 @@ _loader: Any = None
 PARTS_AT_ONCE = 4
 
 
-class _Made(NamedTuple):
-    """What one process has made."""
+class _Made:
+    """What one process has made.
 
-    client: Any
-    signer: Any
-    transfers: Any
+    :param make_signer: called once; guarded by _creating.
+    """
+
+    def __init__(self, client: Any, transfers: Any, make_signer: Callable[[], Any]) -> None:
+        self.client = client
+        self.transfers = transfers
+        self._make_signer = make_signer
+        self._signer: Any = None
+
+    def signer(self) -> Any:
+        if self._signer is None:
+            with _creating:
+                self._signer = self._signer or self._make_signer()
+        return self._signer
 
 
 class S3Session:
@@ -80,7 +91,7 @@ class S3Session:
 
     def signer(self) -> Any:
         """Return the client that signs URLs for browsers."""
-        return self._get().signer
+        return self._get().signer()
 
     def transfers(self) -> Any:
         """Return the s3transfer manager of this process."""
@@ -127,8 +138,8 @@ class S3Session:
             # More threads send no faster from one process: they wait for each other.
             max_request_concurrency=PARTS_AT_ONCE,
         )
-        signer = self._make_signer(boto3_session, options, client)
-        return _Made(client, signer, s3transfer.manager.TransferManager(client, config))
+        transfers = s3transfer.manager.TransferManager(client, config)
+        return _Made(client, transfers, lambda: self._make_signer(boto3_session, options, client))
 
     def _make_signer(self, session: Any, options: dict[str, Any], client: Any) -> Any:
         """Return a client that sends nothing; it has the other's credentials, which may expire."""

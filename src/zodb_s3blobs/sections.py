@@ -1,12 +1,25 @@
 """Files that show a part of something else: bytes from here to there, read when they are wanted."""
 
 import io
+from operator import index
 import os
 from typing import Any
 
 
 # Bytes that a reader of small pieces gets ahead
 BUFFER = 64 << 10
+
+
+def checked_range(start: int, stop: int | None) -> tuple[int, int | None]:
+    """Return start and stop of a section.
+
+    :raises ValueError: when one is negative.
+    :raises TypeError: when one is no whole number.
+    """
+    start, stop = index(start), None if stop is None else index(stop)
+    if start < 0 or (stop is not None and stop < 0):
+        raise ValueError(f"positions count from 0, not {start} to {stop}")
+    return start, stop
 
 
 class Section(io.RawIOBase):

@@ -11,22 +11,23 @@ import weakref
 #: What `stats` of a storage tells, by name. Those that end in _total only grow.
 MEANINGS = {
     "hits_total": "reads of blobs that were in the cache",
-    "misses_total": "reads of blobs that were not, each of which began a download",
+    "misses_total": "reads of blobs that were not in the cache, each of which began a download",
     "waits_total": "reads that shared the download which another thread had begun",
+    "prefetches_total": "blobs that a prefetch began to download",
     "wait_seconds_total": "time that threads waited for S3: for reads, and for uploads in votes",
-    "lock_seconds_total": "time that blobs were on their way to S3 while a base held its lock",
+    "lock_seconds_total": "time that other writers could not commit while blobs went to S3",
     "requests_total": "requests to S3, with those that were tried again",
-    "retries_total": "requests that were tried again",
+    "retries_total": "requests to S3 that were tried again",
     "failures_total": "operations that S3 failed in the end; a missing object is none",
-    "downloads_total": "objects that were downloaded",
+    "downloads_total": "objects that were downloaded as a whole",
     "range_reads_total": "requests for a part of an object",
-    "downloaded_bytes_total": "bytes of both that arrived",
+    "downloaded_bytes_total": "bytes of objects, and of parts of them, that arrived from S3",
     "uploads_total": "objects that were uploaded",
-    "uploaded_bytes_total": "their bytes",
+    "uploaded_bytes_total": "bytes of the objects that were uploaded",
     "evictions_total": "files that this process evicted from the cache",
-    "evicted_bytes_total": "their bytes",
-    "cache_bytes": "size of the committed files in the cache; none where that cannot be told",
-    "cache_max_bytes": "what it may be at most",
+    "evicted_bytes_total": "bytes of the files that this process evicted from the cache",
+    "cache_bytes": "size of the committed files in the cache",
+    "cache_max_bytes": "size that the committed files in the cache may have at most",
     "cache_age_seconds": "time since the last known use of the file that is evicted next",
 }
 
@@ -69,6 +70,7 @@ class ReadCounters(Counters):
     hits: int
     misses: int
     waits: int
+    prefetches: int
     wait_seconds: float
     lock_seconds: float
 

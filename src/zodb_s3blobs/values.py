@@ -6,6 +6,13 @@ import re
 from urllib.parse import urlsplit
 
 
+# Seconds; signature version 4 allows no more.
+LONGEST_URL = 7 * 86400
+
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?", re.IGNORECASE | re.ASCII)
+
+
 def bucket_name(text: str) -> str:
     """Return a bucket name, 3 to 63 characters."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", text):
@@ -37,7 +44,21 @@ def endpoint_url(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"an endpoint is a URL such as https://s3.example.com, not {text!r}")
     parts.port  # noqa: B018  raises ValueError itself when it is no port
+    # What boto3 takes, too, but says with the first request.
+    if not (_HOST.fullmatch(parts.hostname) or ":" in parts.hostname) or len(parts.hostname) > 253:
+        raise ValueError(
+            f"a host has only letters, digits and hyphens between its dots, not {parts.hostname!r}"
+        )
     return text
+
+
+def url_seconds(number: int) -> int:
+    """Return for how long a presigned URL is valid, a whole number of seconds."""
+    if type(number) is not int or not 1 <= number <= LONGEST_URL:
+        raise ValueError(
+            f"a URL is valid for 1 to {LONGEST_URL} seconds, a whole number, not {number!r}"
+        )
+    return number
 
 
 def sse_customer_key(text: str) -> bytes:

@@ -11,6 +11,7 @@ What it cannot do (seen with rclone 1.75):
   ".rclone_temp_" are not listed. Keys with "//" or ".." are refused.
 - A PUT that meets the removal of its directory, which the deletion of its last object causes,
   is now and then answered by 500 InternalError; a client that retries does not notice.
+- A range GET is answered by 200 and not by 206, with the range's bytes and a Content-Range.
 - A range GET carries the whole object's checksum where the upload brought one: validate responses
   only "when_required".
 
