@@ -97,7 +97,7 @@ def prefetch():
         ):
             location = replace(new_bucket(server), endpoint_url=proxy.endpoint_url)
             bucket = ManyBlobs(directory, location, pool=THREADS)
-            limit, seconds = alternate(9, lambda: bucket.bare(pool), bucket.prefetched)
+            limit, seconds = alternate(13, lambda: bucket.bare(pool), bucket.prefetched)
             before = peak_memory()
             for _ in range(5):
                 bucket.prefetched()

@@ -30,6 +30,7 @@ from .storages import HookedClient
 from .storages import make_storage
 from .storages import open_relstorage
 from .storages import read
+from .storages import start
 from .test_demostorage import Below
 from .test_demostorage import Site as DemoSite
 
@@ -124,8 +125,8 @@ def part(blob, *positions):
 def check(blob, data):
     """Assert that what is told of a blob is true for these bytes."""
     assert size(blob) == len(data)
-    for start, stop in ((0, None), (2, 5), (3, None), (0, 0), (5, 2), (3, 10**6), (10**6, None)):
-        assert part(blob, start, stop) == data[start:stop], (start, stop)
+    for bounds in ((0, None), (2, 5), (3, None), (0, 0), (5, 2), (3, 10**6), (10**6, None)):
+        assert part(blob, *bounds) == data[slice(*bounds)], bounds
     with pytest.raises(ValueError, match="positions count from 0"):
         open_range(blob, -1)
     with pytest.raises(ValueError, match="positions count from 0"):
@@ -570,3 +571,53 @@ def test_blob_is_cached_as_long_as_its_bytes_are_here(s3, tmp_path):
     assert is_cached(blob)
     conn.close()
     db.close()
+
+
+def loaded(blobs):
+    """Load Blobs, which know no serial before, and return them."""
+    for blob in blobs:
+        blob._p_activate()
+    return blobs
+
+
+def test_pairs_of_a_relstorage_are_prefetched_by_several_threads_at_once(s3, tmp_path):
+    """The storage of a database is no instance of anybody's: each call has one of its own."""
+    storage, client = make_storage(s3, tmp_path, base=open_relstorage(tmp_path))
+    db = DB(storage)
+    with db.transaction() as conn:
+        conn.root()["blobs"] = [Blob(b"%d" % number) for number in range(40)]
+    with db.transaction() as conn:
+        pairs = [(blob._p_oid, blob._p_serial) for blob in loaded(conn.root()["blobs"])]
+        paths = [blob.committed() for blob in conn.root()["blobs"]]
+    for path in paths:
+        os.remove(path)
+    threads = [start(prefetch, pairs[:], db.storage) for _ in range(4)]
+    reports = [thread.result() for thread in threads]
+    assert all(report.cached + report.fetched == 40 for report in reports)
+    assert client.count("download_file") == 40
+    db.close()
+
+
+def test_blobs_of_two_storages_in_turn_are_two_prefetches(s3, tmp_path, monkeypatch):
+    """And not one for each blob."""
+    dbs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        storage, _client = make_storage(s3, tmp_path / name)
+        dbs.append(DB(storage))
+    found = []
+    for db in dbs:
+        with db.transaction() as conn:
+            conn.root()["blobs"] = [Blob(b"x") for _ in range(10)]
+        found.append(db.open().root()["blobs"])
+    calls = []
+    for db in dbs:
+        original = db.storage.prefetch_blobs
+        monkeypatch.setattr(
+            db.storage, "prefetch_blobs", lambda pairs, f=original: calls.append(1) or f(pairs)
+        )
+    report = prefetch(chain.from_iterable(zip(*found, strict=True)))
+    assert report.cached == 20
+    assert len(calls) == 2
+    for db in dbs:
+        db.close()

@@ -796,3 +796,40 @@ def test_zope_without_a_server_streams_a_file(zope):
     ((line, headers),) = told
     assert line == "200 OK"
     assert dict(headers)["Content-Length"] == str(SIZE)
+
+
+class Wrapped:
+    """What a server makes of a file, and reads when the client is ready."""
+
+    def __init__(self, file, size):
+        self.file = file
+
+
+def test_server_reads_local_files_by_itself_and_others_not(open_root):
+    """It does so in the thread that serves all clients: S3 must not keep that one waiting."""
+    blob = open_root(**SSE_C)["file"]
+    environ = {"REQUEST_METHOD": "GET", "HTTP_RANGE": "bytes=5-104", "wsgi.file_wrapper": Wrapped}
+    answers = []
+
+    def ask():
+        return Delivery().wsgi(blob, environ, lambda *answer: answers.append(answer))
+
+    remote = ask()
+    assert not isinstance(remote, Wrapped)
+    assert not hasattr(remote, "read")
+    assert b"".join(remote) == DATA[5:105]
+    assert len(remote) == 100
+    remote.close()
+    read(blob)
+    local = ask()
+    assert isinstance(local, Wrapped)
+    with local.file:
+        assert local.file.read() == DATA[5:105]
+
+
+def test_cached_blob_is_sent_though_s3_refuses_to_tell_of_it(open_root, front):
+    """Credentials that are no longer valid do not matter to what is here."""
+    blob = open_root()["file"]
+    read(blob)
+    front.instead = lambda request: s3_error(403, "AccessDenied")
+    check_whole(Delivery().answer(blob), DATA)

@@ -1,6 +1,8 @@
 """Many blobs come into the cache together, and nothing else is held up or left behind by it."""
 
 import contextlib
+import errno
+import glob
 import logging
 import os
 import shutil
@@ -19,6 +21,7 @@ from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.prefetching import PrefetchReport
 from zodb_s3blobs.storage import S3BlobStorage
+from zodb_s3blobs.tempdirs import TempFiles
 from zodb_s3blobs.uploads import UploadPool
 
 from .faults import in_child
@@ -55,7 +58,7 @@ class Site:
 
     def __init__(self, location, directory):
         self.location = location
-        self._options = location, directory
+        self.options = location, directory
         self._caches = 0
         self.storage = self.client = None
         self.revisions = []
@@ -63,7 +66,7 @@ class Site:
     def open(self, count=0, base=None, **options):
         """Open it anew with an empty cache, after so many blobs were committed."""
         if count:
-            storage, _client = make_storage(*self._options, "seed", base=base and base())
+            storage, _client = make_storage(*self.options, "seed", base=base and base())
             self.revisions += commit_blobs(storage, count)
             storage.close()
         self.close()
@@ -71,7 +74,7 @@ class Site:
         options = {"pool": UploadPool(CONCURRENCY), **options}
         cache = f"cache{self._caches}"
         base = base and base()
-        self.storage, self.client = make_storage(*self._options, cache, base=base, **options)
+        self.storage, self.client = make_storage(*self.options, cache, base=base, **options)
         return self.storage
 
     def is_cached(self, number):
@@ -520,14 +523,14 @@ def test_blob_that_another_process_fetches_is_not_fetched_again(site):
 
     def other_process():
         cache = S3BlobCache(directory)
-        filling = cache.begin_filling(oid, serial)
+        path, end = cache.begin_filling(oid, serial)
         assert cache.begin_filling(oid, p64(1)) is not None  # another one
         os.write(fetching[1], b"x")
         os.read(ended[0], 1)
-        with open(filling.path, "wb") as file:
+        with open(path, "wb") as file:
             file.write(random_bytes(oid, SIZE))
-        cache.put(oid, serial, filling.path)
-        filling.end()
+        cache.put(oid, serial, path)
+        end()
 
     child = start(in_child, other_process)
     os.read(fetching[0], 1)
@@ -600,3 +603,48 @@ def test_copy_from_a_storage_of_ours_fetches_the_blobs_of_a_transaction_together
             assert load(target, oid, serial) == random_bytes(oid, SIZE)
     assert crowd.largest == CONCURRENCY
     assert site.client.count("download_file") == 4 * CONCURRENCY
+
+
+def test_one_large_blob_among_small_ones_ends_nothing(site):
+    """While it is under way fewer come at a time; there is room for all of them."""
+    storage, _client = make_storage(*site.options, "seed")
+    running = TransactionMetaData()
+    storage.tpc_begin(running)
+    sizes = {p64(number): SIZE for number in range(1, 61)} | {p64(5): 40 * SIZE}
+    for oid, size in sizes.items():
+        store_blob(storage, running, oid, random_bytes(oid, size))
+    storage.tpc_vote(running)
+    tid = storage.tpc_finish(running)
+    storage.close()
+    storage = site.open(cache_size=100 * SIZE)
+    report = storage.prefetch_blobs((oid, tid) for oid in sizes)
+    assert counts(report) == {"fetched": 60}
+    assert report.bytes == 99 * SIZE
+    assert storage.stats()["evictions_total"] == 0
+
+
+def test_cache_that_takes_nothing_ends_it(site):
+    """What is kept beside it is little, and for a short time."""
+    storage = site.open(100)
+    cache = os.path.dirname(storage.temporaryDirectory())
+    for path in glob.glob(f"{cache}/index.sqlite*"):
+        os.remove(path)
+    os.mkdir(f"{cache}/index.sqlite")
+    report = storage.prefetch_blobs(site.revisions)
+    assert counts(report).keys() == {"fetched", "skipped"}
+    assert report.fetched <= AHEAD
+
+
+def test_full_disk_keeps_no_other_process_from_a_blob(site, monkeypatch):
+    """A lock that was taken for a file that cannot be made is not kept."""
+    storage = site.open(1)
+    oid, serial = site.revisions[0]
+    cache = os.path.dirname(storage.temporaryDirectory())
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "says the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TempFiles, "one_more", full)
+        assert counts(storage.prefetch_blobs(site.revisions)) == {"fetched": 1}
+    in_child(lambda: S3BlobCache(cache).begin_filling(oid, serial)[1]())

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 import dataclasses
 import datetime
 import logging
+from types import SimpleNamespace
 import urllib.error
 from urllib.parse import parse_qs
 from urllib.parse import urlsplit
@@ -497,3 +498,35 @@ def test_public_endpoint_is_configured(s3, tmp_path):
     url = storage.presigned_url(p64(1), serial)
     assert url.startswith(f"https://files.example.com/{s3.bucket}/blobs/1/")
     storage.close()
+
+
+def test_url_for_aws_names_the_region_that_the_bucket_was_found_in():
+    """Boto3 finds it there though none is configured; a browser would be sent to the wrong one."""
+    client = S3Client("my-bucket", aws_access_key_id="a", aws_secret_access_key="secret")
+    assert client.presigned_url(KEY).startswith("https://my-bucket.s3.amazonaws.com/")
+    answer = {"ResponseMetadata": {"HTTPHeaders": {"x-amz-bucket-region": "eu-central-1"}}}
+    tell(client, answer)
+    url = client.presigned_url(KEY)
+    assert url.startswith("https://my-bucket.s3.eu-central-1.amazonaws.com/")
+    assert "%2Feu-central-1%2Fs3%2Faws4_request" in url
+
+
+def tell(client, answer):
+    """Have boto3's client receive an answer, as from a server of AWS, which is not to be had."""
+    boto3_client = client._session.client()
+    boto3_client.meta.events.emit(
+        "needs-retry.s3.HeadObject",
+        response=(SimpleNamespace(status_code=200), answer),
+        endpoint=None,
+        operation=boto3_client.meta.service_model.operation_model("HeadObject"),
+        attempts=1,
+        caught_exception=None,
+        request_dict={"context": {"client_config": boto3_client.meta.config}},
+    )
+
+
+def test_url_for_a_vpc_endpoint_has_the_bucket_in_its_path():
+    """The certificate of such a host covers no name before it."""
+    url = "https://bucket.vpce-1a2b.s3.eu-central-1.vpce.amazonaws.com"
+    client = S3Client("my-bucket", "", url, "eu-central-1", "a", "secret")
+    assert client.presigned_url(KEY).startswith(f"{url}/my-bucket/{KEY}?")

@@ -289,3 +289,22 @@ def test_any_use_agrees_with_a_file_of_these_bytes_alone(data, start, stop, buff
             else:
                 assert outcome(file, *use) == outcome(model, *use)
             assert file.tell() == model.tell()
+
+
+class Slow(FileSection):
+    """Counts how often it is asked for bytes."""
+
+    asked = 0
+
+    def _read_at(self, position, view):
+        self.asked += 1
+        return super()._read_at(position, view)
+
+
+def test_all_is_read_in_large_pieces(tmp_path):
+    """From a server each piece costs time."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 << 20))
+    with open(path, "rb") as whole, Slow(whole, 0, 3 << 20).buffered() as file:
+        assert len(file.read()) == 3 << 20
+        assert file.raw.asked <= 5

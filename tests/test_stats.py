@@ -19,6 +19,7 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
 
 from zodb_s3blobs.cache import S3BlobCache
+from zodb_s3blobs.directorylock import DirectoryLock
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.staged import BlobServices
@@ -491,3 +492,15 @@ class TestCounters:
         counters.add(uploads=2)
         assert counters.values()["uploads_total"] == 2
         assert set(counters.values()) < set(MEANINGS)
+
+
+def test_numbers_are_told_while_another_process_has_the_lock_of_the_cache(s3, tmp_path):
+    """Soon, without those that need it."""
+    storage, _client = make_storage(s3, tmp_path)
+    commit_blob(storage, p64(1), b"bytes")
+    with DirectoryLock(f"{tmp_path}/cache").held():
+        numbers = storage.stats()
+    assert numbers["cache_bytes"] is numbers["cache_age_seconds"] is None
+    assert numbers["uploads_total"] == 1
+    assert storage.stats()["cache_bytes"] == 5
+    storage.close()

@@ -23,24 +23,19 @@ class Batcher(Generic[T]):
     def __init__(self, work: Callable[[list[T]], Any], most: int) -> None:
         self._work = work
         self._most = most
-        self._begin()
-
-    def _begin(self) -> None:
-        # A forked child begins anew: the requests are its parent's, and so is whoever has the lock.
-        self._lock = threading.Lock()
-        self._waiting: deque[T] = deque()
-        self._pid = os.getpid()
+        # By process, setdefault decides: a forked child begins anew, for the requests are its
+        # parent's, and so is whoever has the lock.
+        self._states: dict[int, tuple[threading.Lock, deque[T]]] = {}
 
     def hand_in(self, request: T) -> None:
         """Have a request worked on: by this thread, or by the one that is working now."""
-        if self._pid != os.getpid():
-            self._begin()
-        self._waiting.append(request)
+        lock, waiting = self._states.setdefault(os.getpid(), (threading.Lock(), deque()))
+        waiting.append(request)
         # Again after the lock was given back: a request that came just before has found it taken.
-        while self._waiting and self._lock.acquire(blocking=False):
+        while waiting and lock.acquire(blocking=False):
             try:
-                while self._waiting:
-                    count = min(len(self._waiting), self._most)
-                    self._work([self._waiting.popleft() for _ in range(count)])
+                while waiting:
+                    count = min(len(waiting), self._most)
+                    self._work([waiting.popleft() for _ in range(count)])
             finally:
-                self._lock.release()
+                lock.release()

@@ -8,15 +8,19 @@ Source: the states of a Blob are those that ``ZODB.blob.Blob.open`` tells apart.
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from contextlib import contextmanager
 import io
+from itertools import chain
 from itertools import groupby
 from itertools import islice
 import os
 from typing import Any
+from typing import TypeVar
 
 from ZODB.blob import Blob
 from ZODB.blob import SAVEPOINT_SUFFIX
 from ZODB.DemoStorage import DemoStorage
+from ZODB.interfaces import IMVCCStorage
 from ZODB.interfaces import IStorageWrapper
 from ZODB.POSException import POSKeyError
 
@@ -27,6 +31,8 @@ from .sections import FileSection
 
 
 __all__ = ["is_cached", "open_range", "prefetch", "presigned_url", "size"]
+
+T = TypeVar("T")
 
 # Blobs whose records are loaded together
 RECORDS = 1000
@@ -94,12 +100,11 @@ def prefetch(blobs: Iterable[Any], storage: Any = None) -> PrefetchReport:
     :raises TypeError: for what is no Blob.
     """
     total = PrefetchReport()
-    pairs = _committed(blobs)
-    if storage is not None:
-        pairs = ((_keeper(storage, *pair), pair) for pair in blobs)
-    for place, group in groupby(pairs, key=lambda pair: pair[0]):
-        if IS3BlobStorage.providedBy(place):
-            total.add(place.prefetch_blobs(pair for _place, pair in group))
+    with _own_view(storage) as view:
+        kept = _committed(blobs) if view is None else _each_in(view, blobs)
+        for keeper, group in groupby(chain.from_iterable(kept), key=lambda item: item[0]):
+            if IS3BlobStorage.providedBy(keeper):
+                total.add(keeper.prefetch_blobs(pair for _keeper, pair in group))
     return total
 
 
@@ -172,17 +177,49 @@ def _keeper(storage: Any, oid: bytes, serial: bytes) -> Any:
     return storage
 
 
-def _committed(blobs: Iterable[Blob]) -> Iterator[tuple[Any, tuple[bytes, bytes]]]:
-    """Yield the storages and revisions of those of the blobs that are committed."""
-    rest = iter(blobs)
+@contextmanager
+def _own_view(storage: Any) -> Iterator[Any]:
+    """Give a storage; of an IMVCCStorage an instance, as one belongs to one thread."""
+    if not IMVCCStorage.providedBy(storage):
+        yield storage
+        return
+    instance = storage.new_instance()
+    try:
+        instance.poll_invalidations()
+        yield instance
+    finally:
+        instance.release()
+
+
+# A storage, and oid and serial of a revision that it has
+_Kept = tuple[Any, tuple[bytes, bytes]]
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    rest = iter(items)
     while batch := list(islice(rest, RECORDS)):
+        yield batch
+
+
+def _each_in(storage: Any, pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[list[_Kept]]:
+    for batch in _batches(pairs):
+        yield _by_storage([(_keeper(storage, *pair), pair) for pair in batch])
+
+
+def _committed(blobs: Iterable[Blob]) -> Iterator[list[_Kept]]:
+    """Yield the storages and revisions of those of the blobs that are committed."""
+    for batch in _batches(blobs):
         for blob in batch:
             _require_blob(blob)
         # The jar of a new one is None.
         for jar, group in groupby(batch, key=lambda blob: blob._p_jar):
-            if jar is not None:
+            # After a savepoint its storage has no prefetch, and ZODB would never try again.
+            if jar is not None and hasattr(jar._storage, "prefetch"):
                 jar.prefetch([blob for blob in group if blob._p_changed is None])
-        for blob in batch:
-            if not _is_local(blob):
-                storage, oid, serial = _whereabouts(blob)
-                yield storage, (oid, serial)
+        found = (_whereabouts(blob) for blob in batch if not _is_local(blob))
+        yield _by_storage([(storage, (oid, serial)) for storage, oid, serial in found])
+
+
+def _by_storage(kept: list[_Kept]) -> list[_Kept]:
+    """Bring those of one storage together, in the order in which they came."""
+    return sorted(kept, key=lambda item: id(item[0]))

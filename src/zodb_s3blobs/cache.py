@@ -25,7 +25,6 @@ import logging
 import os
 import threading
 import time
-from typing import NamedTuple
 
 from ZODB.blob import rename_or_copy_blob
 from zope.interface import implementer
@@ -56,6 +55,8 @@ GiB = 1 << 30
 
 # Seconds between two lines of the log about the same trouble
 SILENCE = 30.0
+# Seconds for which somebody waits who only wants to know
+LOOK_PATIENCE = 0.5
 # Seconds after which files are looked at again that after a boot nobody could look at
 RETRY = 1.0
 # What is evicted at least when the disk is full, in bytes, and how often.
@@ -188,15 +189,17 @@ class S3BlobCache:
                         raise
             raise AssertionError("unreachable")
 
-    def begin_filling(self, oid: bytes, tid: bytes) -> "Filling | None":
+    def begin_filling(self, oid: bytes, tid: bytes) -> tuple[str, Callable[[], None]] | None:
         """Begin to fill a file unless another process of this host does so.
 
         The directory of its path may have gone since the last one: then `fill` can help.
 
+        :returns: None, or where the file is to be written, and what is called in the end.
         :raises OSError: when there can be no file.
         """
+        path = self._temporaries.one_more()
         end = self._single_flight.begin(name_of(oid, tid))
-        return None if end is None else Filling(self._temporaries.one_more(), end)
+        return None if end is None else (path, end)
 
     @contextmanager
     def filling(self, oid: bytes, tid: bytes) -> Iterator[None]:
@@ -313,8 +316,15 @@ class S3BlobCache:
                 for name, path in zip(there, change.place_all(files), strict=True):
                     by_name[name].path = path
         except OSError:
-            pass  # it shows again, for the file that it concerns
+            # It shows again, for the file that it concerns.
+            for newcomer in newcomers:
+                newcomer.path = newcomer.path or self._moved(newcomer.source_path, newcomer.name)
         return [newcomer.path for newcomer in newcomers]
+
+    def _moved(self, source_path: str, name: str) -> str | None:
+        """Return the path of a file that was moved in before an error, else None."""
+        path = self._files.path(name)
+        return path if not os.path.exists(source_path) and os.path.exists(path) else None
 
     def _put_alone(self, newcomer: "_Newcomer") -> str:
         name, near, size = newcomer.name, newcomer.source_path, newcomer.size
@@ -330,8 +340,8 @@ class S3BlobCache:
                         return change.place(near, name)
         except OSError as error:
             self._complain(error)
-            if not os.path.exists(near) and os.path.exists(path := self._files.path(name)):
-                return path  # moved before the error
+            if (path := self._moved(near, name)) is not None:
+                return path
             self._give_back(name)
         return self._overflow.keep(name, near)
 
@@ -408,11 +418,12 @@ class S3BlobCache:
         total: int | None = None
         age: float | None = None
         try:
-            with self._index.writing() as rows:
-                total, used = rows.total, rows.first_use()
-            age = None if used is None else max(0.0, self._clock() - used)
-        except OSError as error:
-            self._complain(error)
+            with self._index.writing(LOOK_PATIENCE) as rows:
+                if rows.is_complete:
+                    total, used = rows.total, rows.first_use()
+                    age = None if used is None else max(0.0, self._clock() - used)
+        except OSError:
+            pass  # those who need the index complain
         return {
             "cache_bytes": total,
             "cache_max_bytes": self.max_size,
@@ -481,15 +492,6 @@ class S3BlobCache:
             source_path = near
         os.chmod(source_path, 0o400)
         return source_path
-
-
-class Filling(NamedTuple):
-    """A file in the making, which no other process makes meanwhile."""
-
-    #: where it is to be written
-    path: str
-    #: to be called in the end, by any thread
-    end: Callable[[], None]
 
 
 class _Newcomer:

@@ -23,6 +23,7 @@ from typing import Any
 from typing import TypeVar
 import weakref
 
+from .directorylock import BUSY_TIMEOUT
 from .directorylock import DirectoryBusy
 from .directorylock import DirectoryLock
 from .interfaces import FILES_AT_ONCE
@@ -242,13 +243,14 @@ class CacheIndex:
         _indexes.add(self)
 
     @contextmanager
-    def writing(self) -> Iterator[IndexRows]:
+    def writing(self, patience: float = BUSY_TIMEOUT) -> Iterator[IndexRows]:
         """Hold the lock of the directory; what was changed is kept unless an error leaves.
 
+        :param float patience: seconds.
         :raises DirectoryBusy: when others hold it for too long.
         :raises OSError: when the index cannot be opened, or has just been found damaged.
         """
-        with self._lock.held():
+        with self._lock.held(patience):
             connection = self._begin()
             try:
                 rows = IndexRows(connection)

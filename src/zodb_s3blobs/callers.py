@@ -8,16 +8,23 @@ asks gets one.
 
 import inspect
 from types import FrameType
+from typing import Any
 
 from ZODB.Connection import Connection
 from ZODB.Connection import TmpStore
 from ZODB.DemoStorage import DemoStorage
 
 
-_LOADING = inspect.unwrap(Connection.setstate).__code__
+def _code_of(function: Any) -> Any:
+    # Tools that trace may put something else in the place of a function: then no caller is known,
+    # and each gets a file.
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+_LOADING = _code_of(Connection.setstate)
 # They pass the question on to us.
-_AFTER_SAVEPOINT = inspect.unwrap(TmpStore.loadBlob).__code__
-_OF_CHANGES = inspect.unwrap(DemoStorage.loadBlob).__code__
+_AFTER_SAVEPOINT = _code_of(TmpStore.loadBlob)
+_OF_CHANGES = _code_of(DemoStorage.loadBlob)
 
 
 def loads_object(frame: FrameType | None) -> bool:

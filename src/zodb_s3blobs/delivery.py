@@ -13,12 +13,14 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from ZODB.blob import Blob
+from zope.interface import directlyProvides
 
 from . import blobs
 from . import values
 from .headers import content_disposition
 from .headers import media_type
-from .interfaces import TransientS3Error
+from .interfaces import S3OperationError
+from .sections import FileSection
 
 
 UNKNOWN_TYPE = "application/octet-stream"
@@ -92,7 +94,15 @@ class Delivery:
         for name, value in answer.headers:
             # Not its redirect(), which may quote a URL once more, and so break the signature.
             response.setHeader(name, value)
-        return b"" if answer.body is None else answer.body
+        if answer.body is None:
+            return b""
+        if _is_file(answer.body):
+            return answer.body
+        from ZPublisher.Iterators import IStreamIterator
+
+        chunks = _Chunks(answer.body, CHUNK, _length(answer))
+        directlyProvides(chunks, IStreamIterator)
+        return chunks
 
     def wsgi(
         self,
@@ -119,9 +129,10 @@ class Delivery:
         start_response(f"{int(answer.status)} {answer.status.phrase}", answer.headers)
         if answer.body is None:
             return []
-        wrap = environ.get("wsgi.file_wrapper", _Chunks)
-        chunks: Iterable[bytes] = wrap(answer.body, CHUNK)
-        return chunks
+        if _is_file(answer.body) and "wsgi.file_wrapper" in environ:
+            wrapped: Iterable[bytes] = environ["wsgi.file_wrapper"](answer.body, CHUNK)
+            return wrapped
+        return _Chunks(answer.body, CHUNK, _length(answer))
 
     def answer(
         self,
@@ -151,10 +162,10 @@ class Delivery:
                     url = blobs.presigned_url(
                         blob, self._expires_in, content_type, filename, disposition
                     )
-            except TransientS3Error:
+            except S3OperationError:
                 if not blobs.is_cached(blob):
                     raise
-                url = None
+                url = None  # it needs no S3
             if url is not None:
                 return self._delegate(url, headers)
         # Source: RFC 9110, 14.2: other methods have no ranges.
@@ -173,12 +184,20 @@ class Delivery:
 
 
 class _Chunks:
-    """What a server's ``wsgi.file_wrapper`` does, where it has none."""
+    """What is read from S3, piece by piece, by the thread that answers the request.
 
-    def __init__(self, file: io.BufferedReader, size: int) -> None:
+    Servers read a ``wsgi.file_wrapper``, and what Zope takes for a file, when the client is ready,
+    in the thread that serves all of them: S3 must not keep that one waiting.
+    """
+
+    def __init__(self, file: io.BufferedReader, size: int, length: int) -> None:
         self._file = file
         self._size = size
+        self._length = length
         self.close = file.close
+
+    def __len__(self) -> int:
+        return self._length
 
     def __iter__(self) -> "_Chunks":
         return self
@@ -187,6 +206,14 @@ class _Chunks:
         if chunk := self._file.read(self._size):
             return chunk
         raise StopIteration
+
+
+def _is_file(body: io.BufferedReader) -> bool:
+    return isinstance(body.raw, FileSection)
+
+
+def _length(answer: Answer) -> int:
+    return int(dict(answer.headers)["Content-Length"])
 
 
 def _serve(

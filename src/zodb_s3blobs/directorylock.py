@@ -35,13 +35,14 @@ class DirectoryLock:
         self.threads = threading.Lock()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, patience: float = BUSY_TIMEOUT) -> Iterator[None]:
         """Hold both locks.
 
+        :param float patience: seconds.
         :raises DirectoryBusy: when others have them for too long.
         :raises OSError: when there can be no directory.
         """
-        deadline, pause = time.monotonic() + BUSY_TIMEOUT, FIRST_PAUSE
+        deadline, pause = time.monotonic() + patience, FIRST_PAUSE
         while (directory := self._try()) is None:
             if time.monotonic() > deadline:
                 raise DirectoryBusy(f"others hold the lock of {self._path} for too long")

@@ -293,7 +293,8 @@ class IS3BlobStorage(IBlobStorage):
 
     ``loadBlob`` and ``openCommittedBlobFile`` bring a blob into the cache; the other methods that
     read do not. Where a blob is nowhere all raise ``POSKeyError``, and ``S3OperationError`` where
-    that cannot be told. A serial is that of a revision which the caller can load.
+    that cannot be told. A serial is that of a revision which the caller can load. Where this is an
+    IMVCCStorage, one instance belongs to one thread.
     """
 
     def blob_is_cached(oid, serial):

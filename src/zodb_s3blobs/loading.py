@@ -161,22 +161,36 @@ class BlobLoader:
         self._counters.add(prefetches=1)
         mine.add_done_callback(lambda _mine: self._flights.pop(name))
         try:
-            filling = self._cache.begin_filling(oid, serial)
-            if filling is not None:
-                mine.add_done_callback(lambda _mine: filling.end())
-                is_missing = self._cache.get(oid, serial) is None  # as it was a while ago
-                if is_missing and self._fly(_Flight(oid, serial, filling.path, mine), stamp):
-                    return mine
-            # It is there now; or another process fetches it, or the disk makes trouble: then that
-            # waits, or knows what to do.
+            if self._takes_off(oid, serial, stamp, mine):
+                return mine
             mine.set_result(self._fill(oid, serial, lambda oid, serial: stamp))
         except BaseException as error:
             # Whatever it was, those who wait must learn of it.
             mine.set_exception(error)
         return mine
 
+    def _takes_off(
+        self, oid: bytes, serial: bytes, stamp: bytes | None, mine: "Future[str | None]"
+    ) -> bool:
+        """Download and hand on.
+
+        :returns: False when the blob is there by now, or another process fetches it, or the disk
+            makes trouble: `_fill` finds it, or waits for it, or knows what to do.
+        """
+        try:
+            filling = self._cache.begin_filling(oid, serial)
+        except OSError:
+            filling = None
+        if filling is None:
+            return False
+        path, end = filling
+        mine.add_done_callback(lambda _mine: end())
+        if self._cache.get(oid, serial) is not None:
+            return False
+        return self._fly(_Flight(oid, serial, path, mine), stamp)
+
     def _fly(self, flight: "_Flight", stamp: bytes | None) -> bool:
-        """Download and hand on; False when the file cannot be written."""
+        """Download and hand on, unless the file cannot be written."""
         try:
             self._fetch(flight.oid, flight.serial, stamp, flight.path)
         except BaseException as error:

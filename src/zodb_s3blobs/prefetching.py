@@ -1,10 +1,10 @@
 """Brings many blobs into the cache at the same time."""
 
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 import logging
 import os
+from queue import SimpleQueue
 import threading
 from typing import Any
 
@@ -65,17 +65,13 @@ class Prefetch:
         self._find_reference = find_reference
         self._counters = counters
         self._report = PrefetchReport()
-        # What has ended, and how much the caller waits for at a time: where many threads compute,
-        # each time that one more of them wakes up costs all the others.
-        self._done: deque[_Done] = deque()
-        self._awaited = 0
-        self._arrived = threading.Event()
+        self._done: SimpleQueue[_Done] = SimpleQueue()
         # What is under way, by oid and serial
         self._running: dict[tuple[bytes, bytes], Upload] = {}
         self._has_failed = False
-        self._lock = threading.Lock()
-        # Guarded by _lock: whether no more is to be fetched; how many blobs are being fetched, the
-        # bytes of those that were, and of the largest.
+        self._changed = threading.Condition()
+        # Guarded by _changed: whether no more is to be fetched; how many blobs are being fetched,
+        # and the bytes of those that were, and of the largest.
         self._is_over = False
         self._fetching = self._bytes = self._largest = 0
 
@@ -84,11 +80,11 @@ class Prefetch:
         try:
             for oid, serial in revisions:
                 self._add(oid, serial)
-                if len(self._running) >= WAITING * self._pool.concurrency:
-                    self._collect(len(self._running) // 2)
+                self._collect(WAITING * self._pool.concurrency - 1)
             self._collect(0)
             self._report.bytes = self._bytes
         finally:
+            self._stop()
             for work in self._running.values():
                 work.cancel()
         return self._report
@@ -113,50 +109,60 @@ class Prefetch:
     def _fetch(self, oid: bytes, serial: bytes, stamp: bytes | None) -> None:
         outcome: Future[str | None] = Future()
         if self._may_begin():
+            place = self._cache.path(oid, serial)
             outcome = self._loader.load_soon(oid, serial, stamp)
-            outcome.add_done_callback(self._take_note)
+            outcome.add_done_callback(lambda outcome: self._take_note(outcome, place))
         else:
             outcome.set_result(None)
-        outcome.add_done_callback(lambda outcome: self._end((oid, serial), outcome))
+        outcome.add_done_callback(lambda outcome: self._done.put(((oid, serial), outcome)))
 
     def _may_begin(self) -> bool:
-        """Tell whether there is room for one more; it is taken to be as large as the largest."""
-        with self._lock:
-            size = self._bytes + (self._fetching + 1) * self._largest
-            # What comes then would evict what has come first.
-            self._is_over = self._is_over or size > self._cache.max_size
+        """Wait until there is room for one more, which is taken to be as large as the largest.
+
+        :returns: False when the cache is full of what was fetched: then one more would evict some.
+        """
+        with self._changed:
+            while not self._is_over and self._fetching and not self._has_room():
+                self._changed.wait()
+            self._is_over = self._is_over or self._bytes >= self._cache.max_size
             self._fetching += not self._is_over
             return not self._is_over
 
-    def _take_note(self, outcome: "Future[str | None]") -> None:
-        error, size = outcome.exception(), 0
-        try:
-            path = None if error else outcome.result()
-            size = 0 if path is None else os.path.getsize(path)
-        except OSError:
-            pass  # evicted again
-        with self._lock:
+    def _has_room(self) -> bool:
+        if not self._largest:
+            return self._fetching < self._pool.concurrency  # until a first size is known
+        return self._bytes + (self._fetching + 1) * self._largest <= self._cache.max_size
+
+    def _take_note(self, outcome: "Future[str | None]", place: str) -> None:
+        error, size, is_over = outcome.exception(), 0, False
+        if error is None:
+            path = outcome.result()
+            # What the cache cannot take is kept beside it, but not much of it.
+            is_over = path is not None and path != place
+            try:
+                size = 0 if path is None else os.path.getsize(path)
+            except OSError:
+                pass  # evicted again
+        elif isinstance(error, (S3OperationError, OSError)):
+            # An object that is damaged says nothing of the others.
+            is_over = not isinstance(error, IntegrityError)
+        with self._changed:
             self._fetching -= 1
             self._bytes += size
             self._largest = max(self._largest, size)
-            if isinstance(error, (S3OperationError, OSError)):
-                # An object that is damaged says nothing of the others.
-                self._is_over = self._is_over or not isinstance(error, IntegrityError)
+            self._is_over = self._is_over or is_over
+            self._changed.notify_all()
 
-    def _end(self, name: tuple[bytes, bytes], outcome: "Future[str | None]") -> None:
-        self._done.append((name, outcome))
-        if len(self._done) >= self._awaited:
-            self._arrived.set()
+    def _stop(self) -> None:
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     def _collect(self, limit: int) -> None:
         """Wait until no more than this many blobs are under way, and count the others."""
-        self._arrived.clear()
-        self._awaited = len(self._running) - limit
-        if len(self._done) < self._awaited:
+        while len(self._running) > limit:
             with self._counters.waiting():
-                self._arrived.wait()
-        while self._done:
-            name, outcome = self._done.popleft()
+                name, outcome = self._done.get()
             del self._running[name]
             try:
                 if outcome.result() is None:

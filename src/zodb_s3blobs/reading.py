@@ -63,10 +63,8 @@ class BlobReader:
             self.size(oid, serial)  # what is nowhere is an error here, too
             return FileSection(open(os.devnull, "rb", buffering=0)).buffered()
         for attempt in range(1, EVICTION_ATTEMPTS + 1):
-            path = self._cache.get(oid, serial)
-            if path is not None:
-                self._counters.hits += 1
-            elif (path := self._find_staged(oid, serial)) is None:
+            path = self._cache.get(oid, serial) or self._find_staged(oid, serial)
+            if path is None:
                 waiting, find = self._counters.waiting, self._find_reference
                 with waiting():
                     section = self._loader.open_range(oid, serial, start, stop, find, waiting)

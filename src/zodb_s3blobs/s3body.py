@@ -4,6 +4,8 @@ Size, SHA-256 and key travel as metadata. Objects of the older package, and thos
 servers that forget metadata, have a length only.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import closing
 import hashlib
@@ -82,17 +84,26 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: floa
     deadline = time.monotonic() + patience
     digest = hashlib.sha256()
     size = 0
-    buffer = memoryview(bytearray(min(CHUNK, answer.get("ContentLength") or CHUNK)))
     with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
         check_origin(answer)
-        while count := read_some(body, buffer):
-            digest.update(buffer[:count])
-            _write_all(file, buffer[:count])
-            size += count
+        for piece in _pieces(body, answer.get("ContentLength", CHUNK)):
+            digest.update(piece)
+            _write_all(file, piece)
+            size += len(piece)
             if time.monotonic() > deadline + size / SLOWEST_RATE:
                 raise BodyError(TransientS3Error, f"only {size} bytes came in time")
     _verify(key, answer, size, digest.hexdigest())
     return size
+
+
+def _pieces(body: Any, size: int) -> Iterator[memoryview]:
+    """Yield the bytes of a body; those of a small one in one read, which takes half the time."""
+    if size < CHUNK:
+        yield memoryview(_reading(body.read))
+        return
+    buffer = memoryview(bytearray(CHUNK))
+    while count := read_some(body, buffer):
+        yield buffer[:count]
 
 
 def read_some(body: Any, buffer: memoryview) -> int:
@@ -100,13 +111,17 @@ def read_some(body: Any, buffer: memoryview) -> int:
 
     :raises BodyError: when it is cut.
     """
+    count: int = _reading(body.readinto, buffer)
+    return count
+
+
+def _reading(call: Callable[..., Any], *args: Any) -> Any:
     from botocore.exceptions import BotoCoreError
     from botocore.exceptions import FlexibleChecksumError
     from urllib3.exceptions import HTTPError
 
     try:
-        count: int = body.readinto(buffer)
-        return count
+        return call(*args)
     except FlexibleChecksumError as error:
         raise BodyError(IntegrityError, "its checksum differs") from error
     except (BotoCoreError, HTTPError, OSError) as error:

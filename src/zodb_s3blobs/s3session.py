@@ -42,10 +42,14 @@ class _Made:
         self._signer: Any = None
 
     def signer(self) -> Any:
-        if self._signer is None:
+        signer = self._signer
+        if signer is None:
             with _creating:
-                self._signer = self._signer or self._make_signer()
-        return self._signer
+                signer = self._signer = self._signer or self._make_signer()
+        return signer
+
+    def forget_signer(self) -> None:
+        self._signer = None
 
 
 class S3Session:
@@ -81,6 +85,8 @@ class S3Session:
         self._counters = counters
         self._public_endpoint_url = public_endpoint_url
         self._aws_signing_style = aws_signing_style
+        # The bucket's, as far as it was told.
+        self._region: str | None = None
         # Guarded by _creating: _made, what this process has made and its pid.
         # A forked child must not use its parent's connections.
         self._made: tuple[int, _Made] | None = None
@@ -130,6 +136,7 @@ class S3Session:
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
         client.meta.events.register("request-created.s3", self._count)
+        client.meta.events.register_first("needs-retry.s3", self._learn_region)
         if self._config_options["request_checksum_calculation"] == "when_required":
             client.meta.events.register("choose-signer.s3.PutObject", _choose_signer)
         config = s3transfer.manager.TransferConfig(
@@ -148,9 +155,11 @@ class S3Session:
         host = urlsplit(self._public_endpoint_url or client.meta.endpoint_url).hostname or ""
         on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
         style = self._config_options["s3"]["addressing_style"]
-        if on_aws and style == "auto":
+        if on_aws and style == "auto" and ".vpce." not in host:
             # With "auto" boto3 signs for the global host, which newer regions do not answer at.
             style = self._aws_signing_style
+            if self._region is not None:
+                options = {**options, "region_name": self._region}
         elif not self._public_endpoint_url:
             return client
         config = botocore.config.Config(
@@ -159,6 +168,18 @@ class S3Session:
         if self._public_endpoint_url:
             options = {**options, "endpoint_url": self._public_endpoint_url}
         return session.client("s3", **{**options, "config": config})
+
+    def _learn_region(self, response: Any, **kwargs: Any) -> None:
+        """Take note of the bucket's region, which AWS tells whoever asks in another one.
+
+        Then boto3 asks there. To sign a URL for the wrong one would be noticed by a browser only.
+        """
+        answer = response[1] if response is not None else {}
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        region = headers.get("x-amz-bucket-region")
+        if region and region != self._region and self._made is not None:
+            self._region = region
+            self._made[1].forget_signer()
 
     def _count(self, request: Any, **kwargs: Any) -> None:
         attempt = request.context.get("retries", {}).get("attempt", 1)

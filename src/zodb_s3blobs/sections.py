@@ -8,6 +8,8 @@ from typing import Any
 
 # Bytes that a reader of small pieces gets ahead
 BUFFER = 64 << 10
+# Bytes that are read at a time where all are wanted
+CHUNK = 1 << 20
 
 
 def checked_range(start: int, stop: int | None) -> tuple[int, int | None]:
@@ -67,6 +69,13 @@ class Section(io.RawIOBase):
             count = self._read_at(self._start + self._at, view) if view else 0
         self._at += count
         return count
+
+    def readall(self) -> bytes:
+        # RawIOBase's asks for 8 KiB at a time.
+        chunks = []
+        while chunk := self.read(CHUNK):
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     def _read_at(self, position: int, view: memoryview) -> int:
         """Read from a position of the whole; 0 only where that has ended."""
