@@ -6,7 +6,6 @@ again: see `blobpatch`. So this one caller needs no file; it is known by its cod
 asks gets one.
 """
 
-import inspect
 from types import FrameType
 from typing import Any
 
@@ -16,9 +15,11 @@ from ZODB.DemoStorage import DemoStorage
 
 
 def _code_of(function: Any) -> Any:
-    # Tools that trace may put something else in the place of a function: then no caller is known,
-    # and each gets a file.
-    return getattr(inspect.unwrap(function), "__code__", None)
+    # Tools that trace put others in the place of functions. Where what was there cannot be told no
+    # caller is known, and each gets a file.
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return getattr(function, "__code__", None)
 
 
 _LOADING = _code_of(Connection.setstate)
