@@ -1,15 +1,9 @@
 """Moves files to and from a bucket; translates every boto error at the edge, once."""
 
-from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from contextlib import contextmanager
-from contextlib import nullcontext
 import logging
 import os
-from types import MappingProxyType
 from typing import Any
 
 from zope.interface import implementer
@@ -17,34 +11,20 @@ from zope.interface import implementer
 from . import values
 from .cancellation import Cancellation
 from .cancellation import UploadCancelled
-from .interfaces import IntegrityError
 from .interfaces import IS3Client
-from .interfaces import ListedObject
-from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
-from .interfaces import TransientS3Error
 from .s3body import CancellableBody
 from .s3body import check_origin
 from .s3body import describe_bytes
 from .s3body import describe_file
 from .s3body import metadata_of
-from .s3body import receive
-from .s3errors import BodyError
 from .s3errors import code_of
 from .s3errors import INTEGRITY_CODES
-from .s3errors import make_error
 from .s3errors import NO_BATCH_DELETE_CODES
 from .s3errors import status_of
-from .s3errors import translated
-from .s3listing import read_page
-from .s3range import nothing_there
-from .s3range import open_answer
-from .s3range import Opened
-from .s3range import range_header
-from .s3range import RemoteSection
+from .s3reader import S3Reader
 from .s3session import S3Session
-from .sections import Section
 from .stats import ClientCounters
 
 
@@ -62,13 +42,10 @@ LARGEST_SINGLE_REQUEST = 5 * GiB
 LARGEST_SINGLE_COPY = GiB
 # What S3 takes in one DeleteObjects request.
 DELETE_BATCH = 1000
-# botocore does not retry once a body has begun to arrive.
-DOWNLOAD_ATTEMPTS = 3
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @implementer(IS3Client)
-class S3Client:
+class S3Client(S3Reader):
     """Files in one bucket of an S3-compatible server, below a prefix.
 
     Nothing is sent before the first call of a method. Every wait is bounded by
@@ -115,35 +92,30 @@ class S3Client:
         concurrency: int = 32,
         public_endpoint_url: str | None = None,
     ) -> None:
-        self.bucket_name = values.bucket_name(bucket_name)
-        self.prefix = values.key_prefix(prefix)
+        bucket_name, prefix = values.bucket_name(bucket_name), values.key_prefix(prefix)
         for url in (endpoint_url, public_endpoint_url):
             if url is not None:
                 values.endpoint_url(url)
-        self._full_prefix = f"{self.prefix}/" if self.prefix else ""
-        self._region_name = region_name
-        self._read_timeout = read_timeout
         self._multipart_threshold = multipart_threshold
-        self._create_bucket = create_bucket
         self._batch_delete = True
-        self.counters = ClientCounters()
-        self._read_args: dict[str, Any] = {}
+        read_args: dict[str, Any] = {}
         self._write_args: dict[str, Any] = {}
         if sse_customer_key:
             if not values.is_confidential(endpoint_url, use_ssl):
                 raise ValueError("SSE-C sends its key with each request and needs https")
-            self._read_args = {
+            read_args = {
                 "SSECustomerAlgorithm": "AES256",
                 "SSECustomerKey": values.sse_customer_key(sse_customer_key),
             }
-            self._write_args.update(self._read_args)
+            self._write_args.update(read_args)
         if sse:
             self._write_args["ServerSideEncryption"] = sse
         if sse_kms_key_id:
             self._write_args["SSEKMSKeyId"] = sse_kms_key_id
         if storage_class:
             self._write_args["StorageClass"] = storage_class
-        self._session = S3Session(
+        counters = ClientCounters()
+        session = S3Session(
             {
                 "aws_access_key_id": aws_access_key_id,
                 "aws_secret_access_key": aws_secret_access_key,
@@ -169,10 +141,20 @@ class S3Client:
             },
             multipart_part_size,
             must_be_confidential=bool(sse_customer_key),
-            counters=self.counters,
+            counters=counters,
             public_endpoint_url=public_endpoint_url,
             # The certificates of AWS cover one label before the host.
             aws_signing_style="path" if "." in bucket_name else "virtual",
+        )
+        super().__init__(
+            bucket_name,
+            prefix,
+            session,
+            counters,
+            read_args,
+            read_timeout,
+            create_bucket,
+            region_name,
         )
 
     def __repr__(self) -> str:
@@ -330,221 +312,3 @@ class S3Client:
             error.get("Key", "").removeprefix(self._full_prefix): error.get("Code", "unknown")
             for error in answer.get("Errors", ())
         }
-
-    # Reading
-
-    def download_file(self, s3_key: str, local_path: str) -> None:
-        """Write an object's bytes to a file: one GET, verified by length and digest."""
-        with self._counting_failures():
-            for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
-                try:
-                    with translated("download", s3_key, self._permission("s3:GetObject")):
-                        return self._download(s3_key, local_path)
-                except (TransientS3Error, IntegrityError) as error:
-                    # Requests were retried by botocore; here a body was cut or damaged on its way.
-                    if attempt == DOWNLOAD_ATTEMPTS or not isinstance(error.__cause__, BodyError):
-                        raise
-                    logger.warning("download retried key=%s attempt=%d: %s", s3_key, attempt, error)
-                    self.counters.add(retries=1)
-
-    def _download(self, s3_key: str, local_path: str) -> None:
-        answer = self._try(self._request, "get_object", s3_key, self._read_args)
-        size = receive(s3_key, answer, local_path, self._read_timeout)
-        self.counters.add(downloads=1, downloaded_bytes=size)
-        logger.debug("downloaded key=%s bytes=%d", s3_key, size)
-
-    def open_range(
-        self,
-        s3_key: str,
-        start: int = 0,
-        stop: int | None = None,
-        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Section:
-        """Open the bytes of an object from start to below stop: one GET, read as they are wanted.
-
-        What goes beyond the end is left out. To move in the file makes another request.
-
-        :param waiting: entered while a reader waits for S3.
-        :raises ValueError: when there is no byte between them.
-        """
-
-        if stop is not None and stop <= start:
-            raise ValueError(f"a range has a byte at least, not {start} to {stop}")
-
-        def ask(start: int, stop: int | None) -> Opened:
-            opened: Opened = self._try(self._get_range, s3_key, start, stop)
-            return opened
-
-        @contextmanager
-        def reading() -> Iterator[None]:
-            with waiting(), self._translated("read", s3_key, "s3:GetObject"):
-                yield
-
-        with self._translated("read", s3_key, "s3:GetObject"):
-            return RemoteSection(ask, reading, self.counters, self._read_timeout, start, stop)
-
-    def _get_range(self, s3_key: str, start: int, stop: int | None) -> Opened:
-        from botocore.exceptions import ClientError
-
-        self.counters.add(range_reads=1)
-        options = {**self._read_args, **range_header(start, stop)}
-        try:
-            answer = self._request("get_object", s3_key, options)
-        except ClientError as error:
-            if status_of(error) == 416:
-                return nothing_there(error, start)
-            raise
-        try:
-            return open_answer(s3_key, answer, start)
-        except BaseException:
-            # Whatever it was, nobody else closes it.
-            answer["Body"].close()
-            raise
-
-    def object_size(self, s3_key: str) -> int:
-        """Return the size of an object in bytes.
-
-        :raises MissingObjectError: when the bucket has no such object.
-        """
-        size: int = self._head_of_existing("head", s3_key)["ContentLength"]
-        return size
-
-    def _head_of_existing(self, operation: str, s3_key: str) -> Mapping[str, Any]:
-        head = self.head_object(s3_key)
-        if head is None:
-            # HEAD does not tell a missing object from a missing bucket; GET does.
-            with self._translated(operation, s3_key, "s3:GetObject"):
-                self._try(self._request, "get_object", s3_key, self._read_args)["Body"].close()
-            raise make_error(MissingObjectError, operation, s3_key, "no such object")
-        return head
-
-    @property
-    def signs_urls(self) -> bool:
-        """Whether others can read objects by a URL: not where they need a key of ours (SSE-C)."""
-        return not self._read_args
-
-    def presigned_url(
-        self,
-        s3_key: str,
-        expires_in: int = 60,
-        content_type: str | None = None,
-        content_disposition: str | None = None,
-    ) -> str | None:
-        """Return a URL by which anybody can GET an object for a while; makes no request.
-
-        :param int expires_in: seconds.
-        :param str content_type: what the answer shall say of itself, as the other one.
-        :returns: None under SSE-C.
-        """
-        if not self.signs_urls:
-            return None
-        wanted = {
-            "ResponseContentType": content_type,
-            "ResponseContentDisposition": content_disposition,
-        }
-        parameters = {"Bucket": self.bucket_name, "Key": self._full_prefix + s3_key}
-        parameters |= {name: value for name, value in wanted.items() if value is not None}
-        with self._translated("sign", s3_key, "s3:GetObject"):
-            url: str = self._session.signer().generate_presigned_url(
-                "get_object", parameters, expires_in
-            )
-        return url
-
-    def head_object(self, s3_key: str) -> Mapping[str, Any] | None:
-        """Return a mapping with at least ContentLength, None when absent."""
-        with self._translated("head", s3_key, "s3:GetObject"):
-            try:
-                answer: Mapping[str, Any] = self._request("head_object", s3_key, self._read_args)
-            except Exception as error:
-                if status_of(error) == 404:
-                    return None
-                raise
-            return answer
-
-    def list_objects(self, prefix: str) -> Iterator[str]:
-        """Iterate lazily over the keys that begin with a prefix."""
-        for page in self.list_pages(prefix):
-            for listed in page:
-                yield listed.key
-
-    def list_pages(self, prefix: str, after: str = "") -> Iterator[list[ListedObject]]:
-        """Iterate lazily over lists of 1 to 1000 objects, from behind a key on."""
-        token = {"StartAfter": self._full_prefix + after} if after else {}
-        while True:
-            with self._translated("list", prefix, "s3:ListBucket"):
-                answer = self._try(self._list, prefix, token)
-            if page := read_page(answer, len(self._full_prefix)):
-                yield page
-            if not answer.get("IsTruncated"):
-                return
-            if not (following := answer.get("NextContinuationToken")):
-                raise make_error(PermanentS3Error, "list", prefix, "it ends without its rest")
-            token = {"ContinuationToken": following}
-
-    def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
-        from botocore.exceptions import ClientError
-
-        try:
-            return self._session.client().list_objects_v2(
-                Bucket=self.bucket_name, Prefix=self._full_prefix + prefix, **token
-            )
-        except ClientError as error:
-            if self._create_bucket and code_of(error) == "NoSuchBucket":
-                return {}  # it comes with the first upload
-            raise
-
-    # Edges
-
-    def _request(self, method: str, s3_key: str, options: Mapping[str, Any] = NOTHING) -> Any:
-        call = getattr(self._session.client(), method)
-        return call(Bucket=self.bucket_name, Key=self._full_prefix + s3_key, **options)
-
-    @contextmanager
-    def _translated(self, operation: str, key: str, permission: str) -> Iterator[None]:
-        with self._counting_failures(), translated(operation, key, self._permission(permission)):
-            yield
-
-    def _permission(self, permission: str) -> str:
-        if self._read_args:
-            permission += " (SSE-C: check the key; AWS refuses SSE-C on new buckets, not s3-sse)"
-        return permission
-
-    @contextmanager
-    def _counting_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except MissingObjectError:
-            raise
-        except S3OperationError:
-            self.counters.add(failures=1)
-            raise
-
-    def _try(self, call: Callable[..., Any], *args: Any, may_create: bool = False) -> Any:
-        """Call, and once more after mending what can be mended from here."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return call(*args)
-        except ClientError as error:
-            if code_of(error) == "ExpiredToken":
-                # A role's credentials failed to refresh; a new session asks for new ones.
-                self._session.renew()
-            elif code_of(error) == "NoSuchBucket" and may_create and self._create_bucket:
-                self._make_bucket()
-            else:
-                raise
-        return call(*args)
-
-    def _make_bucket(self) -> None:
-        from botocore.exceptions import ClientError
-
-        place: dict[str, Any] = {}
-        if self._region_name and self._region_name != "us-east-1":
-            place["CreateBucketConfiguration"] = {"LocationConstraint": self._region_name}
-        try:
-            self._session.client().create_bucket(Bucket=self.bucket_name, **place)
-        except ClientError as error:
-            # Another process was faster.
-            if code_of(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
-                raise
-        logger.info("bucket created bucket=%s", self.bucket_name)
