@@ -113,7 +113,7 @@ class Change:
         :param files: up to ``FILES_AT_ONCE``.
         """
         names = [name for _source_path, name in files]
-        self._touch(*names)
+        self._touch_all(names)
         paths = [self._files.place(source_path, name) for source_path, name in files]
         self.rows.mark_placed(*names)
         return paths
@@ -125,13 +125,18 @@ class Change:
         self.rows.remove(name)
         self._files.remove_directory(directory_of(name))
 
-    def _touch(self, *names: str) -> None:
+    def _touch(self, name: str) -> None:
+        directory = directory_of(name)
+        if directory not in self._changed:
+            before = self._files.modified(directory)
+            self._changed[directory] = before == self.rows.modified(directory)
+
+    def _touch_all(self, names: Sequence[str]) -> None:
         new = {directory_of(name) for name in names}.difference(self._changed)
-        if new:
-            known = self.rows.modified(*new)
-            for directory in new:
-                before = self._files.modified(directory)
-                self._changed[directory] = before == known.get(directory)
+        known = self.rows.modified_of(list(new))
+        for directory in new:
+            before = self._files.modified(directory)
+            self._changed[directory] = before == known.get(directory)
 
     def end(self) -> None:
         """Remember what the directories look like now: one that looks otherwise later is read.

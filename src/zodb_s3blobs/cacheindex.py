@@ -194,7 +194,13 @@ class IndexRows:
         rows = self._execute("SELECT name, modified FROM directory").fetchall()
         return {_checked(name, str): _checked(modified, int) for name, modified in rows}
 
-    def modified(self, *directories: str) -> dict[str, int]:
+    def modified(self, directory: str) -> int | None:
+        """Return when a directory was last changed, as far as is known, in nanoseconds."""
+        where = "WHERE name = ?"
+        row = self._execute(f"SELECT modified FROM directory {where}", (directory,)).fetchone()
+        return None if row is None else _checked(row[0], int)
+
+    def modified_of(self, directories: Sequence[str]) -> dict[str, int]:
         """Return when some of them were last changed, as far as is known, in nanoseconds."""
         where = f"WHERE name IN {_marks(directories)}"
         rows = self._execute(f"SELECT name, modified FROM directory {where}", directories)
