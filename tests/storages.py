@@ -9,6 +9,7 @@ from pathlib import Path
 import socket
 import tempfile
 import threading
+import time
 
 from persistent.mapping import PersistentMapping
 from ZODB.blob import Blob
@@ -252,6 +253,17 @@ def load(storage, oid, serial):
     """Return the bytes of a revision."""
     with open(storage.loadBlob(oid, serial), "rb") as file:
         return file.read()
+
+
+def until_s3_is_back(storage):
+    """Wait until requests are sent again, and answered."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return storage.sweep(dry_run=True)
+        except TransientS3Error:
+            assert time.monotonic() < deadline, "S3 does not come back"
+            time.sleep(0.05)
 
 
 def stored_twice(storage):

@@ -103,6 +103,8 @@ def test_defaults_are_those_of_the_documentation(text):
         "s3_multipart_part_size": 16 << 20,
         "addressing": "auto",
         "gc_grace": 86400,
+        "on_upload_failure": "abort",
+        "spool_dir": None,
         "upload_concurrency": 32,
         "cache_size": 1 << 30,
     }

@@ -68,7 +68,7 @@ def behind(s3, connect, faulty):
     """(server, client): an object with DATA is behind a server that may misbehave."""
     put(connect(s3), DATA)
     server, location = faulty(s3)
-    return server, connect(location)
+    return server, connect(location, max_pause=0)
 
 
 def put(client, data, key=KEY):

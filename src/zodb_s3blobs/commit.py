@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION
 from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures import wait
 from contextlib import contextmanager
 from enum import Enum
 import logging
@@ -14,31 +12,22 @@ from typing import Any
 from ZODB.POSException import StorageTransactionError
 from ZODB.utils import z64
 
-from .interfaces import EVICTION_ATTEMPTS
-from .interfaces import MissingObjectError
-from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
-from .keys import blob_key
 from .keys import new_stamp
 from .staged import BlobServices
 from .staged import remove_quietly
 from .staged import StagedBlob
 from .staged import StoreRecord
+from .uploading import BlobUploads
 
 
 logger = logging.getLogger(__name__)
 
 # Seconds that tpc_abort waits for S3; what is not done by then goes on in the background.
 ABORT_TIMEOUT = 10.0
-# Seconds and bytes a second: a vote waits as long as retries may take, and the slowest useful rate.
-UPLOAD_PATIENCE = 1800.0
-SLOWEST_RATE = 128 << 10
-# Parts of the grace period. The base waits for its own locks after the last of them.
-RENEWAL = 0.5
+# A part of the grace period: the base waits for its own locks after that.
 LATEST_FINISH = 0.75
-# How often a vote uploads again what grew too old while other blobs were uploaded.
-RENEWALS = 3
 
 
 class Phase(Enum):
@@ -72,16 +61,13 @@ class TransactionBlobs:
         self.phase = Phase.OPEN
         self._services = services
         self._owns_keys = owns_keys
-        # By (oid, tid)
-        self._blobs: dict[tuple[bytes, bytes | None], StagedBlob] = {}
+        self._blobs = BlobUploads(services, self._release_room)
         # What the vote still asks of the base, before it stores records: undos.
         self._calls: list[Callable[[], Any]] = []
         # By oid, what it stores then, besides the records of blobs that are staged.
         self._stores: dict[bytes, Callable[[], Any]] = {}
         #: where only the end tells the tid: what is being undone
         self.undo: Any = None
-        # Keys whose object may exist although the transaction no longer wants it.
-        self._dropped: set[str] = set()
 
     def __str__(self) -> str:
         return f"tid={self.tid.hex() if self.tid else 'unknown'} blobs={len(self._blobs)}"
@@ -128,17 +114,8 @@ class TransactionBlobs:
         self._stage(StagedBlob(oid, tid, stamp or tid, path, is_ours=False))
 
     def _stage(self, blob: StagedBlob) -> None:
-        try:
-            self._enter(blob)
-        except BaseException:
-            remove_quietly(blob.path)  # nobody else knows of it yet
-            raise
-        self._upload(blob)
-
-    def _upload(self, blob: StagedBlob) -> None:
-        path, key, upload_file = blob.path, blob.key, self._services.client.upload_file
-        blob.since = self._services.clocks()
-        blob.upload = self._services.pool.start(lambda cancelled: upload_file(path, key, cancelled))
+        self._stores.pop(blob.oid, None)
+        self._blobs.begin(blob)
 
     def copy(
         self, oid: bytes, tid: bytes, source_tid: bytes, source_stamp: bytes | None = None
@@ -174,56 +151,16 @@ class TransactionBlobs:
         self._stores.pop(oid, None)
 
     def _copy_to(self, blob: StagedBlob, source_tid: bytes, source_stamp: bytes | None) -> None:
-        self._enter(blob)
-        oid, key = blob.oid, blob.key
-        blob.since = self._services.clocks()
-        blob.upload = self._services.pool.start(
-            lambda cancelled: self._copy(oid, source_tid, source_stamp, key)
-        )
-
-    def _copy(self, oid: bytes, tid: bytes, stamp: bytes | None, target: str) -> None:
-        client = self._services.client
-        try:
-            client.copy_object(blob_key(oid, stamp or tid), target)
-        except (MissingObjectError, PermanentS3Error):
-            # Not migrated yet: a source has it, or nobody. Or the server cannot copy what is
-            # encrypted (Ceph under SSE-C); what else is wrong shows again.
-            for attempt in range(1, EVICTION_ATTEMPTS + 1):
-                try:
-                    path = self._services.loader.load(oid, tid, lambda oid, tid: stamp)
-                    client.upload_file(path, target)
-                    return
-                except FileNotFoundError:  # eviction was faster
-                    if attempt == EVICTION_ATTEMPTS:
-                        raise
-
-    def _enter(self, blob: StagedBlob) -> None:
-        self.drop(blob.oid, blob.tid)
-        self._stores.pop(blob.oid, None)
-        if blob.key not in self._dropped:
-            self._services.open_keys.add(blob.key)
-        self._blobs[blob.oid, blob.tid] = blob
+        blob.source = source_tid, source_stamp
+        self._stage(blob)
 
     def drop(self, oid: bytes, tid: bytes | None) -> None:
-        """Forget a blob of this transaction, as before a second store of its object."""
-        blob = self._blobs.pop((oid, tid), None)
-        if blob is not None:
-            self._give_up_object(blob)
-            remove_quietly(blob.path)
-
-    def _give_up_object(self, blob: StagedBlob) -> None:
-        if blob.upload is not None:
-            blob.upload.cancel()
-            wait([blob.upload.future])
-        if blob.is_ours and blob.upload is not None and blob.upload.may_have_sent:
-            self._dropped.add(blob.key)
-        elif blob.key not in self._dropped:
-            self._services.open_keys.remove([blob.key])
+        """Forget a blob of this transaction."""
+        self._blobs.drop(oid, tid)
 
     def find(self, oid: bytes, serial: bytes) -> str | None:
         """Return the staged file of the transaction's own tid, or of an object it creates."""
-        # Other threads ask, too: one look-up, no iteration.
-        blob = self._blobs.get((oid, self.tid if serial == z64 else serial))
+        blob = self._blobs.get(oid, self.tid if serial == z64 else serial)
         if blob is None or (serial == z64 and not blob.is_new):
             return None
         return blob.path
@@ -231,11 +168,8 @@ class TransactionBlobs:
     # Ending
 
     def vote(self) -> None:
-        """Wait until all bytes are in the bucket, store the records that refer to them, and reserve
-        their room in the cache.
-
-        Uploads again, under another stamp, what was uploaded so long ago that a sweep might take it
-        for garbage before the transaction ends.
+        """Wait until all bytes are in the bucket or the spool, store the records that refer to
+        them, and reserve their room in the cache.
 
         :raises S3OperationError: the first failure, which cancels the other uploads.
         :raises StorageTransactionError: when a blob could not be staged.
@@ -246,7 +180,7 @@ class TransactionBlobs:
             self._wait_for_bucket()
         self._store_records()
         # Only now: what is evicted for it could not be fetched again while S3 is down.
-        staged = list(self._staged())
+        staged = list(self._blobs.staged())
         try:
             if staged:
                 self._services.cache.reserve(
@@ -260,15 +194,14 @@ class TransactionBlobs:
     def _wait_for_bucket(self) -> None:
         begun = self._now()
         try:
-            self._wait_for_uploads()
-            self._renew()
+            self._blobs.wait()
         finally:
             self._services.counters.add(wait_seconds=self._now() - begun)
             self._count_lock()
 
     def _count_lock(self) -> None:
         """Count the time from the first upload until now, once."""
-        begun = [blob.since[0] for blob in self._blobs.values() if blob.upload is not None]
+        begun = [blob.since[0] for blob in self._blobs if blob.upload is not None]
         if self._holds_lock and begun:
             self._holds_lock = False
             self._services.counters.add(lock_seconds=self._now() - min(begun))
@@ -279,60 +212,12 @@ class TransactionBlobs:
     def _store_records(self) -> None:
         while self._calls:
             self._calls.pop(0)()
-        for blob in self._blobs.values():
+        for blob in self._blobs:
             if blob.store is not None and blob.is_to_store:
                 blob.store(blob.name)
                 blob.is_to_store = False
         while self._stores:
             self._stores.popitem()[1]()
-
-    def _wait_for_uploads(self) -> None:
-        uploads = {blob.upload.future: blob for blob in self._blobs.values() if blob.upload}
-        size = sum(os.path.getsize(path) for _blob, path in self._staged())
-        patience = UPLOAD_PATIENCE + size / SLOWEST_RATE
-        done, pending = wait(uploads, patience, return_when=FIRST_EXCEPTION)
-        for future in done:
-            error = future.exception()
-            if error is not None:
-                self._cancel()
-                if isinstance(error, S3OperationError):
-                    error.oid, error.tid = uploads[future].oid, uploads[future].tid
-                raise error
-        if pending:
-            self._cancel()
-            raise TransientS3Error(f"{len(pending)} uploads took longer than {patience:.0f} s")
-
-    def _renew(self) -> None:
-        """Upload again, under new stamps, what a sweep in another process may soon take."""
-        for attempt in range(RENEWALS + 1):
-            old = [blob for blob, _path in self._staged() if self._age(blob) > RENEWAL]
-            if not old:
-                return
-            if attempt == RENEWALS:
-                break
-            logger.info("upload renewed count=%d %s", len(old), self)
-            self._release_room()  # which an earlier vote has reserved by the old stamps
-            for blob in old:
-                if blob.store is not None:
-                    self._give_up_object(blob)
-                    blob.name = new_stamp()
-                    self._services.open_keys.add(blob.key)
-                    blob.is_to_store = True
-                # What is restored keeps its key: to be uploaded again makes the object young.
-                self._upload(blob)
-            self._wait_for_uploads()
-        raise PermanentS3Error(
-            f"uploads take longer than half of gc-grace, which is {self._services.grace:.0f} s:"
-            " set gc-grace higher, in all processes"
-        )
-
-    def _age(self, blob: StagedBlob) -> float:
-        """Return the age of a blob's object as a part of the grace period."""
-        if (blob.path is None and blob.store is None) or not self._services.grace:
-            return 0.0  # a copy to the key of a tid, which is above all others
-        now = self._services.clocks()
-        age = max(after - before for before, after in zip(blob.since, now, strict=True))
-        return age / self._services.grace
 
     def begin_finish(self) -> None:
         """Mark the point after which only the base knows the outcome.
@@ -344,7 +229,7 @@ class TransactionBlobs:
         waits = self._blobs or self._calls or self._stores
         if self.phase is Phase.DOOMED or (waits and self.phase is not Phase.VOTED):
             raise StorageTransactionError("tpc_finish without a vote that waited for the blobs")
-        if any(self._age(blob) >= LATEST_FINISH for blob in self._blobs.values()):
+        if any(self._blobs.age(blob) >= LATEST_FINISH for blob in self._blobs):
             raise TransientS3Error(
                 "the transaction has voted so long ago that its blobs are near the end of gc-grace,"
                 f" which is {self._services.grace:.0f} s: abort and retry it"
@@ -355,9 +240,10 @@ class TransactionBlobs:
         """Move the staged files into the cache, after the base has finished; never raises."""
         self.phase = Phase.ENDED
         staged = [
-            (blob.oid, blob.tid or tid, path, blob.reservation) for blob, path in self._staged()
+            (blob.oid, blob.tid or tid, path, blob.reservation)
+            for blob, path in self._blobs.staged()
         ]
-        for blob in self._blobs.values():
+        for blob in self._blobs:
             blob.tid = blob.tid or tid  # which is now also what its room is reserved for
         try:
             if staged:
@@ -371,7 +257,7 @@ class TransactionBlobs:
             logger.exception("committed, but not cached tid=%s", tid.hex())
             self._give_up_caching()
         finally:
-            self._close_keys()
+            self._blobs.finish()
 
     def _give_up_caching(self) -> None:
         self._remove_files()
@@ -385,10 +271,11 @@ class TransactionBlobs:
         """
         delete = self.phase is not Phase.FINISHING
         self.phase = Phase.ENDED
-        if not self._blobs and not self._dropped:
+        if self._blobs.is_untouched:
             return
         self._count_lock()
-        self._cancel()
+        self._blobs.cancel()
+        self._blobs.end_spooled(delete)
         cleanup = self._services.pool.start(lambda cancelled: self._clean_up(delete))
         try:
             cleanup.future.result(ABORT_TIMEOUT)
@@ -403,47 +290,20 @@ class TransactionBlobs:
 
     def _clean_up(self, delete: bool) -> None:
         try:
-            uploads = [blob.upload.future for blob in self._blobs.values() if blob.upload]
-            wait(uploads)
-            if delete:
-                self._delete_objects()
+            self._blobs.abort(delete)
         finally:
-            self._close_keys()
             self._remove_files()
             self._release_room()
 
-    def _delete_objects(self) -> None:
-        keys = set(self._dropped)
-        for blob in self._blobs.values():
-            if blob.is_ours and blob.upload is not None and blob.upload.may_have_sent:
-                keys.add(blob.key)
-        refused = self._services.client.delete_objects(sorted(keys)) if keys else {}
-        if refused:
-            logger.warning("abort left objects behind refused=%s", refused)
-
     def _release_room(self) -> None:
         try:
-            if staged := [(blob.oid, blob.reservation) for blob, _path in self._staged()]:
+            if staged := [(blob.oid, blob.reservation) for blob, _path in self._blobs.staged()]:
                 self._services.cache.release(staged)
         except Exception:
             # Whatever it is, the transaction has ended. The room comes back when eviction meets
             # the rows without files.
             logger.info("cache refused to give room back %s", self)
 
-    def _close_keys(self) -> None:
-        keys = {blob.key for blob in self._blobs.values()}
-        self._services.open_keys.remove(keys | self._dropped)
-
-    def _cancel(self) -> None:
-        for blob in self._blobs.values():
-            if blob.upload is not None:
-                blob.upload.cancel()
-
-    def _staged(self) -> Iterator[tuple[StagedBlob, str]]:
-        for blob in self._blobs.values():
-            if blob.path is not None:
-                yield blob, blob.path
-
     def _remove_files(self) -> None:
-        for blob in self._blobs.values():
-            remove_quietly(blob.path)
+        for _blob, path in self._blobs.staged():
+            remove_quietly(path)

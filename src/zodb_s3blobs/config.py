@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import combinations
+from itertools import product
 import os
 import re
 from typing import Any
@@ -17,6 +19,7 @@ from .cache import S3BlobCache
 from .s3client import MiB
 from .s3client import S3Client
 from .sources import BlobDirSource
+from .spool import Spool
 from .storage import S3BlobStorage
 from .uploads import UploadPool
 
@@ -131,6 +134,7 @@ addressing = one_of("auto", "tid", "record")
 addressing_style = one_of("auto", "path", "virtual")
 checksum = one_of("when_required", "when_supported")
 sse = one_of("AES256", "aws:kms")
+on_upload_failure = one_of("abort", "spool")
 bucket_name = values.bucket_name
 key_prefix = values.key_prefix
 endpoint_url = values.endpoint_url
@@ -182,10 +186,12 @@ class S3BlobStorageFactory(BaseConfig):
             raise ValueError("s3-sse-kms-key-id needs 's3-sse aws:kms'")
         if section.s3_profile and section.s3_access_key:
             raise ValueError("s3-profile and s3-access-key exclude each other")
-        for source in section.sources:
-            old, cache = os.path.realpath(source.path), os.path.realpath(section.cache_dir)
-            if os.path.commonpath([old, cache]) in (old, cache):
-                raise ValueError("cache-dir and a <blobdir-source> are not apart from each other")
+        if section.on_upload_failure == "spool" and not section.spool_dir:
+            raise ValueError(
+                "'on-upload-failure spool' needs a spool-dir, on a disk that is as safe as that of"
+                " the database: until S3 is back it has the only copy of what is committed"
+            )
+        _check_directories(section)
         _check_base(section.base)
         self._client()  # the constructor checks what the keys alone cannot tell
 
@@ -201,6 +207,10 @@ class S3BlobStorageFactory(BaseConfig):
             opened.callback(cache.close)
             sources = [source.open() for source in config.sources]
             pool = UploadPool(config.upload_concurrency)
+            place = (config.s3_endpoint_url or "AWS", config.bucket_name, config.s3_prefix)
+            spool = None
+            if config.spool_dir:
+                spool = Spool(config.spool_dir, place, config.on_upload_failure == "spool")
             storage = S3BlobStorage(
                 base,
                 self._client(),
@@ -209,8 +219,8 @@ class S3BlobStorageFactory(BaseConfig):
                 pool=pool,
                 addressing=config.addressing,
                 gc_grace=config.gc_grace,
+                spool=spool,
             )
-            place = (config.s3_endpoint_url, config.bucket_name, config.s3_prefix)
             _refuse_two_databases(place, database, storage)
             opened.pop_all()
         return storage
@@ -245,11 +255,11 @@ class S3BlobStorageFactory(BaseConfig):
 
 
 # What this process has opened, by endpoint, bucket and prefix.
-_places: dict[tuple[str | None, str, str], tuple[str, "weakref.ref[S3BlobStorage]"]] = {}
+_places: dict[tuple[str, str, str], tuple[str, "weakref.ref[S3BlobStorage]"]] = {}
 
 
 def _refuse_two_databases(
-    place: tuple[str | None, str, str], database: str, storage: S3BlobStorage
+    place: tuple[str, str, str], database: str, storage: S3BlobStorage
 ) -> None:
     """Refuse a second database under a prefix: each would pack away what is the other's."""
     name, reference = _places.get(place, (database, None))
@@ -260,6 +270,18 @@ def _refuse_two_databases(
             f" give {database} an s3-prefix of its own"
         )
     _places[place] = database, weakref.ref(storage)
+
+
+def _check_directories(section: Any) -> None:
+    """Refuse directories that are not apart from each other: who empties one would empty both."""
+    ours = [("cache-dir", section.cache_dir)]
+    if section.spool_dir:
+        ours.append(("spool-dir", section.spool_dir))
+    sources = [("a <blobdir-source>", source.path) for source in section.sources]
+    for (name, path), (other_name, other_path) in [*combinations(ours, 2), *product(ours, sources)]:
+        one, other = os.path.realpath(path), os.path.realpath(other_path)
+        if os.path.commonpath([one, other]) in (one, other):
+            raise ValueError(f"{name} and {other_name} are not apart from each other")
 
 
 def _check_base(base: Any) -> None:

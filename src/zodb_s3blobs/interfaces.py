@@ -65,6 +65,10 @@ class TransientS3Error(S3OperationError, TransientError):
     """S3 cannot be reached or is busy: retrying the transaction may succeed."""
 
 
+class NotUploadedError(TransientS3Error):
+    """The blob was committed while S3 was down, and is still in the spool of another host."""
+
+
 class PermanentS3Error(S3OperationError):
     """Configuration or permission: an operator must act before a retry helps."""
 
@@ -92,6 +96,7 @@ class IS3Client(Interface):
 
     counters = Attribute("A ``stats.ClientCounters``.")
     signs_urls = Attribute("Whether ``presigned_url`` returns one.")
+    is_down = Attribute("Whether S3 is known not to answer, so that requests fail at once.")
 
     def upload_file(local_path, s3_key, cancelled=None):
         """Store a file's bytes under a key, with size and SHA-256 as metadata.
@@ -128,6 +133,7 @@ class IS3Client(Interface):
         """Return a URL by which anybody can GET an object for some seconds; makes no request.
 
         :returns: None where objects cannot be read that way.
+        :raises TransientS3Error: while S3 is known to be down.
         """
 
     def copy_object(source_key, target_key):
@@ -337,6 +343,13 @@ class IS3BlobStorage(IBlobStorage):
         """Return the numbers of this process by name, a dict; ``stats.MEANINGS`` explains them.
 
         Those of the cache are None where they cannot be told at the moment.
+        """
+
+    def drain_spool():
+        """Upload what was committed while S3 was down.
+
+        :returns: a ``DrainReport``.
+        :raises S3OperationError: when S3 does not take it; what is left stays in the spool.
         """
 
     def sweep(dry_run=False):

@@ -16,6 +16,8 @@ from ZODB.utils import newTid
 
 PREFIX = "blobs/"
 TID_SIZE = 8
+# The end of a stamp says that its object was not in the bucket yet when the transaction committed.
+_WAITING = b"wait"
 _FORM = re.compile(
     r"blobs/(?P<oid>0|[1-9a-f][0-9a-f]{0,15})"
     r"/(?:(?P<tid>0|[1-9a-f][0-9a-f]{0,15})|(?P<stamp>[0-9a-f]{32}))\.blob"
@@ -26,6 +28,17 @@ def new_stamp(random: Callable[[int], bytes] = os.urandom) -> bytes:
     """Return 16 bytes that nobody else returns: the time, written as a tid, and random ones."""
     stamp: bytes = newTid(None) + random(8)
     return stamp
+
+
+def new_waiting_stamp(random: Callable[[int], bytes] = os.urandom) -> bytes:
+    """Return a stamp for a blob that the transaction commits before it is uploaded."""
+    stamp: bytes = newTid(None) + random(8 - len(_WAITING)) + _WAITING
+    return stamp
+
+
+def is_waiting(name: bytes) -> bool:
+    """Tell whether a name is such a stamp."""
+    return len(name) > TID_SIZE and name.endswith(_WAITING)
 
 
 def blob_key(oid: bytes, name: bytes) -> str:

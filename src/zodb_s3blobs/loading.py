@@ -18,8 +18,10 @@ from .batching import Batcher
 from .interfaces import DISK_FULL
 from .interfaces import FILES_AT_ONCE
 from .interfaces import MissingObjectError
+from .interfaces import NotUploadedError
 from .interfaces import S3OperationError
 from .keys import blob_key
+from .keys import is_waiting
 from .sections import Section
 from .stats import ReadCounters
 
@@ -71,11 +73,17 @@ class BlobLoader:
     """Fills the cache on demand; threads share it."""
 
     def __init__(
-        self, cache: Any, client: Any, sources: Sequence[Any], counters: ReadCounters | None = None
+        self,
+        cache: Any,
+        client: Any,
+        sources: Sequence[Any],
+        counters: ReadCounters | None = None,
+        spool: Any = None,
     ) -> None:
         self._cache = cache
         self._client = client
         self._sources = sources
+        self._spool = spool
         self._counters = counters or ReadCounters()
         # What threads are fetching now; setdefault decides between them.
         self._flights: dict[tuple[int, bytes, bytes], Future[str | None]] = {}
@@ -288,6 +296,11 @@ class BlobLoader:
         """Ask for each key that the bytes may have, then each source, until one has them."""
         # A database that has moved between bases keeps under the tid what its records refer to.
         keys = [blob_key(oid, name) for name in (stamp, serial) if name]
+        # Before the bucket, where it is before it goes from there.
+        if self._spool is not None:
+            for spooled in filter(None, map(self._spool.find, keys)):
+                if (answer := ask_source(spooled)) is not None:
+                    return answer
         try:
             return _first_of(keys, ask)
         except S3OperationError as error:
@@ -296,10 +309,21 @@ class BlobLoader:
                 if (answer := ask_source(source)) is not None:
                     return answer
             if isinstance(error, MissingObjectError):
+                if stamp and is_waiting(stamp):
+                    raise _not_uploaded(keys[0], oid, serial) from error
                 where = " or ".join(keys)
                 raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
+
+
+def _not_uploaded(key: str, oid: bytes, serial: bytes) -> NotUploadedError:
+    error = NotUploadedError(
+        f"the blob {key!r} was committed while S3 was down, and the host that has it in its spool"
+        " has not uploaded it yet"
+    )
+    error.operation, error.key, error.oid, error.tid = "download", key, oid, serial
+    return error
 
 
 def _first_of(keys: Sequence[str], ask: Callable[[str], T]) -> T:

@@ -11,6 +11,7 @@ from typing import Any
 from ZODB.POSException import POSKeyError
 
 from .interfaces import IntegrityError
+from .interfaces import NotUploadedError
 from .interfaces import S3OperationError
 from .loading import BlobLoader
 from .loading import FindReference
@@ -145,7 +146,7 @@ class Prefetch:
                 pass  # evicted again
         elif isinstance(error, (S3OperationError, OSError)):
             # An object that is damaged says nothing of the others.
-            is_over = not isinstance(error, IntegrityError)
+            is_over = not isinstance(error, (IntegrityError, NotUploadedError))
         with self._changed:
             self._fetching -= 1
             self._bytes += size
@@ -171,7 +172,7 @@ class Prefetch:
                     self._report.fetched += 1
             except POSKeyError:
                 self._report.missing += 1
-            except IntegrityError as error:
+            except (IntegrityError, NotUploadedError) as error:
                 logger.warning("prefetch leaves out key=%s: %s", error.key, error)
                 self._report.failed += 1
             except (S3OperationError, OSError) as error:

@@ -9,6 +9,8 @@ from typing import Any
 from zope.interface import implementer
 
 from . import values
+from .breaker import Breaker
+from .breaker import LONGEST_PAUSE
 from .cancellation import Cancellation
 from .cancellation import UploadCancelled
 from .interfaces import IS3Client
@@ -61,6 +63,8 @@ class S3Client(S3Reader):
     :param int multipart_threshold: bytes from which a file is sent in parts.
     :param int multipart_part_size: bytes, at least 5 MiB.
     :param int concurrency: threads that may use the client at the same time.
+    :param float max_pause: seconds for which requests fail at once, at most, when S3 did not
+        answer; the first pause takes one, and 0 lets all be tried.
     :param str public_endpoint_url: where browsers find the server, for presigned URLs.
     :raises ValueError: for a value that cannot be right.
     """
@@ -91,6 +95,7 @@ class S3Client(S3Reader):
         create_bucket: bool = False,
         concurrency: int = 32,
         public_endpoint_url: str | None = None,
+        max_pause: float = LONGEST_PAUSE,
     ) -> None:
         bucket_name, prefix = values.bucket_name(bucket_name), values.key_prefix(prefix)
         for url in (endpoint_url, public_endpoint_url):
@@ -114,7 +119,7 @@ class S3Client(S3Reader):
             self._write_args["SSEKMSKeyId"] = sse_kms_key_id
         if storage_class:
             self._write_args["StorageClass"] = storage_class
-        counters = ClientCounters()
+        counters, breaker = ClientCounters(), Breaker(max_pause)
         session = S3Session(
             {
                 "aws_access_key_id": aws_access_key_id,
@@ -142,6 +147,7 @@ class S3Client(S3Reader):
             multipart_part_size,
             must_be_confidential=bool(sse_customer_key),
             counters=counters,
+            breaker=breaker,
             public_endpoint_url=public_endpoint_url,
             # The certificates of AWS cover one label before the host.
             aws_signing_style="path" if "." in bucket_name else "virtual",
@@ -151,6 +157,7 @@ class S3Client(S3Reader):
             prefix,
             session,
             counters,
+            breaker,
             read_args,
             read_timeout,
             create_bucket,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .breaker import NotTried
 from .interfaces import IntegrityError
 from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
@@ -88,10 +89,20 @@ def translated(operation: str, key: str, permission: str) -> Iterator[None]:
         yield
     except BodyError as error:
         raise make_error(error.kind, operation, key, str(error)) from error
+    except NotTried as error:
+        raise make_error(TransientS3Error, operation, key, str(error)) from error
     except ClientError as error:
         raise _from_answer(error, operation, key, permission) from error
     except BotoCoreError as error:
         raise _from_botocore(error, operation, key) from error
+
+
+def was_silent(error: S3OperationError) -> bool:
+    """Tell whether no answer came at all."""
+    from botocore import exceptions
+
+    silence = exceptions.ConnectionError, exceptions.HTTPClientError
+    return isinstance(error, TransientS3Error) and isinstance(error.__cause__, silence)
 
 
 def _from_answer(error: Any, operation: str, key: str, permission: str) -> S3OperationError:

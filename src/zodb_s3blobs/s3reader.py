@@ -10,6 +10,8 @@ import logging
 from types import MappingProxyType
 from typing import Any
 
+from .breaker import Breaker
+from .breaker import NotTried
 from .interfaces import IntegrityError
 from .interfaces import ListedObject
 from .interfaces import MissingObjectError
@@ -22,6 +24,7 @@ from .s3errors import code_of
 from .s3errors import make_error
 from .s3errors import status_of
 from .s3errors import translated
+from .s3errors import was_silent
 from .s3listing import read_page
 from .s3range import nothing_there
 from .s3range import open_answer
@@ -57,6 +60,7 @@ class S3Reader:
         prefix: str,
         session: S3Session,
         counters: ClientCounters,
+        breaker: Breaker,
         read_args: Mapping[str, Any],
         read_timeout: float,
         create_bucket: bool,
@@ -67,6 +71,7 @@ class S3Reader:
         self.counters = counters
         self._full_prefix = f"{prefix}/" if prefix else ""
         self._session = session
+        self._breaker = breaker
         self._read_args = read_args
         self._read_timeout = read_timeout
         self._create_bucket = create_bucket
@@ -74,7 +79,7 @@ class S3Reader:
 
     def download_file(self, s3_key: str, local_path: str) -> None:
         """Write an object's bytes to a file: one GET, verified by length and digest."""
-        with self._counting_failures():
+        with self._watched():
             for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
                 try:
                     with translated("download", s3_key, self._permission("s3:GetObject")):
@@ -174,9 +179,12 @@ class S3Reader:
         :param int expires_in: seconds.
         :param str content_type: what the answer shall say of itself, as the other one.
         :returns: None under SSE-C.
+        :raises TransientS3Error: while S3 is known to be down.
         """
         if not self.signs_urls:
             return None
+        if self.is_down:
+            raise make_error(TransientS3Error, "sign", s3_key, "S3 does not answer at present")
         wanted = {
             "ResponseContentType": content_type,
             "ResponseContentDisposition": content_disposition,
@@ -240,7 +248,7 @@ class S3Reader:
 
     @contextmanager
     def _translated(self, operation: str, key: str, permission: str) -> Iterator[None]:
-        with self._counting_failures(), translated(operation, key, self._permission(permission)):
+        with self._watched(), translated(operation, key, self._permission(permission)):
             yield
 
     def _permission(self, permission: str) -> str:
@@ -249,14 +257,23 @@ class S3Reader:
         return permission
 
     @contextmanager
-    def _counting_failures(self) -> Iterator[None]:
+    def _watched(self) -> Iterator[None]:
+        """Count failures, and see whether S3 is down."""
+        answers = self._breaker.answers
         try:
             yield
         except MissingObjectError:
             raise
-        except S3OperationError:
+        except S3OperationError as error:
             self.counters.add(failures=1)
+            if isinstance(error, TransientS3Error) and not isinstance(error.__cause__, NotTried):
+                self._breaker.failed(answers, was_silent(error))
             raise
+
+    @property
+    def is_down(self) -> bool:
+        """Whether S3 is known not to answer, so that every request fails at once."""
+        return self._breaker.is_open()
 
     def _try(self, call: Callable[..., Any], *args: Any, may_create: bool = False) -> Any:
         """Call, and once more after mending what can be mended from here."""

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import values
+from .breaker import Breaker
 from .interfaces import PermanentS3Error
 from .stats import ClientCounters
 
@@ -61,6 +62,7 @@ class S3Session:
     :param int part_size: bytes of a part of a multipart transfer.
     :param bool must_be_confidential: whether requests carry a key of ours.
     :param ClientCounters counters: told of each request.
+    :param Breaker breaker: asked before each request, and told of each answer.
     :param str public_endpoint_url: where browsers find the server, if that is elsewhere.
     :param str aws_signing_style: the addressing style of URLs for browsers on AWS, unless one is
         configured.
@@ -74,6 +76,7 @@ class S3Session:
         part_size: int,
         must_be_confidential: bool,
         counters: ClientCounters,
+        breaker: Breaker,
         public_endpoint_url: str | None = None,
         aws_signing_style: str = "virtual",
     ) -> None:
@@ -83,6 +86,7 @@ class S3Session:
         self._part_size = part_size
         self._must_be_confidential = must_be_confidential
         self._counters = counters
+        self._breaker = breaker
         self._public_endpoint_url = public_endpoint_url
         self._aws_signing_style = aws_signing_style
         # The bucket's, as far as it was told.
@@ -135,8 +139,8 @@ class S3Session:
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
-        client.meta.events.register("request-created.s3", self._count)
-        client.meta.events.register_first("needs-retry.s3", self._learn_region)
+        client.meta.events.register("request-created.s3", self._before_request)
+        client.meta.events.register_first("needs-retry.s3", self._after_answer)
         if self._config_options["request_checksum_calculation"] == "when_required":
             client.meta.events.register("choose-signer.s3.PutObject", _choose_signer)
         config = s3transfer.manager.TransferConfig(
@@ -169,19 +173,26 @@ class S3Session:
             options = {**options, "endpoint_url": self._public_endpoint_url}
         return session.client("s3", **{**options, "config": config})
 
-    def _learn_region(self, response: Any, **kwargs: Any) -> None:
+    def _after_answer(self, response: Any, **kwargs: Any) -> None:
+        if response is None:
+            return
+        answer = response[1].get("ResponseMetadata", {})
+        if answer.get("HTTPStatusCode", 500) < 500:
+            self._breaker.answered()
+        self._learn_region(answer.get("HTTPHeaders", {}))
+
+    def _learn_region(self, headers: Mapping[str, str]) -> None:
         """Take note of the bucket's region, which AWS tells whoever asks in another one.
 
         Then boto3 asks there. To sign a URL for the wrong one would be noticed by a browser only.
         """
-        answer = response[1] if response is not None else {}
-        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         region = headers.get("x-amz-bucket-region")
         if region and region != self._region and self._made is not None:
             self._region = region
             self._made[1].forget_signer()
 
-    def _count(self, request: Any, **kwargs: Any) -> None:
+    def _before_request(self, request: Any, **kwargs: Any) -> None:
+        self._breaker.check()
         attempt = request.context.get("retries", {}).get("attempt", 1)
         self._counters.add(requests=1, retries=int(attempt > 1))
 

@@ -53,8 +53,12 @@ class StagedBlob:
         self.store: StoreRecord | None = None
         #: whether the vote has still to do that
         self.is_to_store = False
+        #: of what S3 copies: the tid, and what that revision's record refers to
+        self.source: tuple[bytes, bytes | None] | None = None
         self.since = (0.0, 0.0)
         self.upload: Upload | None = None
+        #: whether it is in the spool, and no upload is wanted in this transaction
+        self.is_spooled = False
 
     @property
     def key(self) -> str:
@@ -72,6 +76,7 @@ class BlobServices:
     :param temporary_file: returns a path for a staged file, which nobody else uses.
     :param float grace: seconds that an object without a reference is left alone by sweeps.
     :param ReadCounters counters: told how long S3 was waited for.
+    :param uploader: the `SpoolUploader` of the spool, if there is one.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class BlobServices:
         grace: float,
         clocks: Callable[[], tuple[float, float]] = clocks,
         counters: ReadCounters | None = None,
+        uploader: Any = None,
     ) -> None:
         self.client = client
         self.cache = cache
@@ -95,6 +101,12 @@ class BlobServices:
         self.grace = grace
         self.counters = counters or ReadCounters()
         self.clocks = clocks
+        self.uploader = uploader
+
+    @property
+    def spool(self) -> Any:
+        """A `Spool` that takes what S3 does not; None where commits fail then."""
+        return self.uploader and self.uploader.spool_of_commits
 
     def take_over(self, blobfilename: str) -> str:
         """Move a file to a name that no other transaction shares, and return that.

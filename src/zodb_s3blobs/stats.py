@@ -19,11 +19,17 @@ MEANINGS = {
     "requests_total": "requests to S3, with those that were tried again",
     "retries_total": "requests to S3 that were tried again",
     "failures_total": "operations that S3 failed in the end; a missing object is none",
+    "s3_is_down": "1 while S3 is known not to answer, so that requests fail at once, else 0",
     "downloads_total": "objects that were downloaded as a whole",
     "range_reads_total": "requests for a part of an object",
     "downloaded_bytes_total": "bytes of objects, and of parts of them, that arrived from S3",
     "uploads_total": "objects that were uploaded",
     "uploaded_bytes_total": "bytes of the objects that were uploaded",
+    "spooled_total": "blobs that were committed into the spool, as S3 did not take them",
+    "spool_uploads_total": "blobs that were uploaded from the spool",
+    "spool_blobs": "blobs in the spool, not uploaded yet",
+    "spool_bytes": "bytes of the blobs in the spool",
+    "spool_age_seconds": "time since the oldest transaction went into the spool, if one is there",
     "evictions_total": "files that this process evicted from the cache",
     "evicted_bytes_total": "bytes of the files that this process evicted from the cache",
     "cache_bytes": "size of the committed files in the cache",
@@ -95,6 +101,13 @@ class ClientCounters(Counters):
     downloaded_bytes: int
     uploads: int
     uploaded_bytes: int
+
+
+class SpoolCounters(Counters):
+    """What passed through a spool."""
+
+    spooled: int
+    spool_uploads: int
 
 
 class CacheCounters(Counters):

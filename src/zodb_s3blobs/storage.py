@@ -37,6 +37,8 @@ from .bases import base_of
 from .callers import loads_object
 from .commit import TransactionBlobs
 from .copying import copy_transactions
+from .draining import DrainReport
+from .draining import SpoolUploader
 from .garbage import Sweeper
 from .garbage import SweepReport
 from .interfaces import EVICTION_ATTEMPTS
@@ -94,6 +96,7 @@ class S3BlobStorage:
         hears of a transaction when its uploads are done; the others know no other way.
     :param float gc_grace: age in seconds below which an object that no record refers to may belong
         to a transaction of another process. The same in all processes.
+    :param Spool spool: takes what S3 does not, if it takes commits, until S3 does.
     :raises ValueError: when the base storage cannot be wrapped.
     """
 
@@ -108,6 +111,7 @@ class S3BlobStorage:
         pool: UploadPool | None = None,
         addressing: str = "auto",
         gc_grace: float = 86400.0,
+        spool: Any = None,
     ) -> None:
         if temp_dir is None:
             temp_dir, temporary_file = cache.temp_dir, cache.temporary_file
@@ -118,20 +122,30 @@ class S3BlobStorage:
         blobpatch.install()
         os.makedirs(temp_dir, mode=0o700, exist_ok=True)
         counters = ReadCounters()
-        loader = BlobLoader(cache, s3_client, [*sources, *base.sources], counters)
+        loader = BlobLoader(cache, s3_client, [*sources, *base.sources], counters, spool)
         open_keys = OpenKeys()
         pool = pool or UploadPool()
+        uploader = SpoolUploader(spool, s3_client, pool)
         # Only the sweep of another process does not know what is in flight here.
         grace = gc_grace if base.shared else 0.0
         services = BlobServices(
-            s3_client, cache, loader, pool, open_keys, temporary_file, grace, counters=counters
+            s3_client,
+            cache,
+            loader,
+            pool,
+            open_keys,
+            temporary_file,
+            grace,
+            counters=counters,
+            uploader=uploader,
         )
         self.fshelper = FileNames(cache, temp_dir)
         # Apart from the uploads, which commits wait for.
         self.__downloads = UploadPool(pool.concurrency, "zodb-s3blobs-download")
-        closeables = pool, self.__downloads, *sources, cache, s3_client
+        closeables = uploader, pool, self.__downloads, *sources, cache, s3_client
         self.__pass_through(base, services, closeables)
         self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__records.read, gc_grace)
+        uploader.wake()
 
     def __pass_through(
         self, base: Base, services: BlobServices, closeables: Sequence[Any] = ()
@@ -468,9 +482,11 @@ class S3BlobStorage:
     def stats(self) -> dict[str, float | None]:
         """Return the numbers of this process by name; `stats.MEANINGS` explains them."""
         client, cache = self.__services.client, self.__cache
-        counters = self.__counters, client.counters, cache.counters
+        uploader = self.__services.uploader
+        counters = self.__counters, client.counters, cache.counters, uploader.counters
         numbers = {name: value for each in counters for name, value in each.values().items()}
-        return {**numbers, **cache.usage()}
+        is_down = {"s3_is_down": int(client.is_down)}
+        return {**numbers, **is_down, **uploader.usage(), **cache.usage()}
 
     def temporaryDirectory(self) -> str:
         """Return the directory for uncommitted files; it outlives close()."""
@@ -520,6 +536,16 @@ class S3BlobStorage:
         if not dry_run:
             self.__refuse_read_only()
         return self.__sweeper.sweep(dry_run)
+
+    def drain_spool(self) -> DrainReport:
+        """Upload what was committed while S3 was down, and return when that is done.
+
+        A thread does that by itself every few seconds.
+
+        :raises S3OperationError: when S3 does not take it; what is left stays in the spool.
+        """
+        report: DrainReport = self.__services.uploader.drain()
+        return report
 
     def rewrite_by_tid(self) -> RewriteReport:
         """Give every blob the key of its tid and take the references out of the records.

@@ -1,0 +1,204 @@
+"""Uploads what is in the spool: on demand, and by itself when S3 is back."""
+
+from concurrent.futures import CancelledError
+from functools import partial
+from itertools import islice
+import logging
+import os
+import threading
+from typing import Any
+
+from .cancellation import Cancellation
+from .cancellation import UploadCancelled
+from .interfaces import S3OperationError
+from .interfaces import TransientS3Error
+from .reports import Report
+from .spool import Journal
+from .spool import Spool
+from .spool import SpooledBlob
+from .stats import SpoolCounters
+from .uploads import Upload
+from .uploads import UploadPool
+
+
+logger = logging.getLogger(__name__)
+
+# Seconds until the spool is looked at again, when something is left and when not.
+BUSY_PAUSE = 5.0
+IDLE_PAUSE = 60.0
+# Commits use the same pool.
+AT_ONCE = 4
+CLOSE_TIMEOUT = 30.0
+
+
+class DrainReport(Report):
+    """Counts of blobs; bytes are those of what was uploaded."""
+
+    def __init__(self) -> None:
+        self.uploaded = 0
+        self.bytes = 0
+        #: they stay in the spool, and are tried again
+        self.failed = 0
+        #: their bytes are not those that were put there; they stay, and are not uploaded
+        self.damaged = 0
+        #: neither here nor in the bucket
+        self.lost = 0
+
+
+class SpoolUploader:
+    """Uploads blobs from the spool and removes them there, those of the oldest transaction first.
+
+    What was uploaded when a process died is uploaded once more: that changes nothing.
+
+    :param Spool spool: None where there is none, and nothing to do.
+    :param UploadPool pool: where uploads run.
+    """
+
+    def __init__(self, spool: Spool | None, client: Any, pool: UploadPool) -> None:
+        self._spool = spool
+        self._client = client
+        self._pool = pool
+        self.counters = SpoolCounters()
+        self._begin()
+
+    @property
+    def spool_of_commits(self) -> Spool | None:
+        """The spool, if commits may go there."""
+        spool = self._spool
+        return spool if spool is not None and spool.takes_commits else None
+
+    def usage(self) -> dict[str, float | None]:
+        """Return what is in the spool, by the names of `stats.MEANINGS`."""
+        if self._spool is None:
+            return {"spool_blobs": 0, "spool_bytes": 0, "spool_age_seconds": None}
+        return self._spool.usage()
+
+    def _begin(self) -> None:
+        # A forked child has none of its parent's threads.
+        self._pid = os.getpid()
+        self._one_at_a_time = threading.Lock()
+        self._wanted = threading.Event()
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        self._running: list[Upload] = []
+
+    def _own(self) -> None:
+        if self._pid != os.getpid():
+            self._begin()
+
+    def wake(self) -> None:
+        """Look into the spool soon, in a thread that goes on with that until `close`."""
+        self._own()
+        self._wanted.set()
+        if self._spool is not None and self._thread is None and not self._is_closed:
+            name = "zodb-s3blobs-spool"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        told: type[BaseException] | None = None
+        while not self._is_closed:
+            self._wanted.clear()
+            pause = BUSY_PAUSE
+            try:
+                self.drain()
+                pause, told = IDLE_PAUSE, None
+            except S3OperationError as error:
+                # Of an outage once, and not every few seconds.
+                if type(error) is not told:
+                    logger.warning("spool is kept: %s", error)
+                told = type(error)
+            except Exception as failure:
+                # Whatever it is, such as a disk that fails: what is there stays there.
+                if type(failure) is not told:
+                    logger.exception("spool cannot be uploaded")
+                told = type(failure)
+            self._wanted.wait(pause)
+
+    def drain(self) -> DrainReport:
+        """Upload what is there, but for transactions that run and what another process uploads.
+
+        :raises S3OperationError: the first failure; what S3 did not take stays there. One that is
+            transient ends this at once.
+        """
+        self._own()
+        report = DrainReport()
+        failures: list[S3OperationError] = []
+        if self._spool is None:
+            return report
+        with self._one_at_a_time:
+            try:
+                for journal in self._spool.journals():
+                    self._drain(journal, report, failures)
+                    if self._is_closed or any(isinstance(e, TransientS3Error) for e in failures):
+                        break
+            finally:
+                if report.uploaded:
+                    logger.info("spool uploaded %s", report)
+        if failures:
+            raise failures[0]
+        return report
+
+    def _drain(
+        self, journal: Journal, report: DrainReport, failures: list[S3OperationError]
+    ) -> None:
+        entries, kept = iter(journal.entries), 0
+        # The first alone: while S3 is down it tries for all.
+        while batch := list(islice(entries, AT_ONCE if report.uploaded else 1)):
+            self._running = [self._pool.start(partial(self._upload, entry)) for entry in batch]
+            for entry, upload in zip(batch, self._running, strict=True):
+                try:
+                    kept += not self._take_note(entry, upload.future.result(), journal, report)
+                except S3OperationError as error:
+                    report.failed += 1
+                    failures.append(error)
+                except (CancelledError, UploadCancelled):
+                    kept += 1
+            if failures or self._is_closed:
+                return
+        if not kept:
+            journal.remove()
+
+    def _upload(self, entry: SpooledBlob, cancelled: Cancellation) -> bool | None:
+        """Return True when it was uploaded, False when its file is damaged, None when that is gone.
+
+        :raises S3OperationError: when S3 does not take it.
+        """
+        try:
+            if not entry.is_intact():
+                return False
+            self._client.upload_file(entry.path, entry.key, cancelled)
+            os.remove(entry.path)
+        except FileNotFoundError:
+            # Uploaded by a process that could not say so any more, or else lost.
+            return True if self._client.head_object(entry.key) is not None else None
+        self.counters.add(spool_uploads=1)
+        return True
+
+    def _take_note(
+        self, entry: SpooledBlob, outcome: bool | None, journal: Journal, report: DrainReport
+    ) -> bool:
+        """Count, and return whether the spool has nothing more to do with it."""
+        if outcome:
+            report.uploaded += 1
+            report.bytes += entry.size
+            return True
+        if outcome is False:
+            report.damaged += 1
+            logger.error("spooled blob is damaged key=%s path=%s", entry.key, entry.path)
+            return False
+        # Without the end of its journal its transaction did not vote.
+        if journal.is_complete:
+            report.lost += 1
+            logger.error("spooled blob is gone key=%s", entry.key)
+        return True
+
+    def close(self) -> None:
+        """End the thread; what is not uploaded stays in the spool."""
+        self._own()
+        self._is_closed = True
+        self._wanted.set()
+        for upload in self._running:
+            upload.cancel()
+        if self._thread is not None:
+            self._thread.join(CLOSE_TIMEOUT)
