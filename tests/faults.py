@@ -199,6 +199,46 @@ class FaultyServer:
             connection.close()
 
 
+class RawServer:
+    """Accepts connections and lets a function do with each of them what it likes.
+
+    :param handle: called with a socket, in a thread of its own, until the socket fails.
+    """
+
+    def __init__(self, handle):
+        self._handle = handle
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._accepted = []
+        self.endpoint_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info):
+        for connection in (self._listener, *self._accepted):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other side has gone
+            connection.close()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _address = self._listener.accept()
+            except OSError:
+                return
+            self._accepted.append(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        try:
+            self._handle(connection)
+        except OSError:
+            pass  # the other side has gone
+
+
 class SilentServer:
     """Accepts connections, reads what comes, and never answers."""
 

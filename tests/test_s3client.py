@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -29,12 +30,14 @@ from zodb_s3blobs.s3client import S3OperationError
 from .faults import Answer
 from .faults import FaultyServer
 from .faults import in_child
+from .faults import RawServer
 from .faults import refused_endpoint
 from .faults import s3_error
 from .faults import SilentServer
 from .services.location import boto3_client
 from .services.location import keys
 from .services.location import new_bucket
+from .services.location import S3Location
 
 
 KEY = "blobs/1/2.blob"
@@ -1036,6 +1039,46 @@ def test_answer_that_stops_in_its_body_is_waited_for_in_bounds(
     with pytest.raises(TransientS3Error):
         client.download_file(KEY, str(target))
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("size", [1000, MiB // 2, 5 * MiB])
+def test_answer_that_trickles_is_waited_for_in_bounds(connect, target, size):
+    """A byte now and then is no progress, also of a small body."""
+    head = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: %d\r\n\r\n' % size
+
+    def trickle(connection):
+        connection.recv(65536)
+        connection.sendall(head)
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+    with RawServer(trickle) as server:
+        location = S3Location(server.endpoint_url, "access", "secret", "bucket")
+        client = connect(location, read_timeout=0.3, max_attempts=1)
+        with pytest.raises(TransientS3Error, match="bytes came in time"):
+            client.download_file(KEY, str(target))
+
+
+def test_upload_that_the_server_takes_too_slowly_is_given_up(connect, source, monkeypatch):
+    """The whole of an upload is bounded by its size, not only each step."""
+    monkeypatch.setattr("zodb_s3blobs.s3client.SLOWEST_RATE", 8 * MiB)
+    taken = []
+
+    def sip(connection):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while piece := connection.recv(2048):
+            taken.append(len(piece))
+            time.sleep(0.01)
+
+    with RawServer(sip) as server:
+        location = S3Location(server.endpoint_url, "access", "secret", "bucket")
+        client = connect(location, read_timeout=1, connect_timeout=1, max_attempts=1)
+        with pytest.raises(TransientS3Error):
+            client.upload_file(source(bytes(16 * MiB)), KEY)
+    assert 0 < sum(taken) < 16 * MiB
 
 
 # Uploads in parts

@@ -354,7 +354,7 @@ def test_body_that_does_not_go_on_is_transient(s3, connect, faulty, reset):
         answer.reset = reset and not answer.cut_after
 
     server.change = change
-    with connect(place).open_range(KEY, 10) as section:
+    with connect(place).open_range(KEY, 10).buffered() as section:
         assert section.read(200_000) == data[10:200_010]
         with pytest.raises(TransientS3Error, match=r"cut|ended early"):
             section.read()

@@ -10,6 +10,7 @@ from typing import Any
 
 from .cancellation import Cancellation
 from .cancellation import UploadCancelled
+from .forks import begin_in_children
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 from .reports import Report
@@ -59,7 +60,8 @@ class SpoolUploader:
         self._client = client
         self._pool = pool
         self.counters = SpoolCounters()
-        self._begin()
+        self.begin()
+        begin_in_children(self)
 
     @property
     def spool_of_commits(self) -> Spool | None:
@@ -73,22 +75,16 @@ class SpoolUploader:
             return {"spool_blobs": 0, "spool_bytes": 0, "spool_age_seconds": None}
         return self._spool.usage()
 
-    def _begin(self) -> None:
-        # A forked child has none of its parent's threads.
-        self._pid = os.getpid()
+    def begin(self) -> None:
+        """Begin without a thread."""
         self._one_at_a_time = threading.Lock()
         self._wanted = threading.Event()
         self._is_closed = False
         self._thread: threading.Thread | None = None
         self._running: list[Upload] = []
 
-    def _own(self) -> None:
-        if self._pid != os.getpid():
-            self._begin()
-
     def wake(self) -> None:
         """Look into the spool soon, in a thread that goes on with that until `close`."""
-        self._own()
         self._wanted.set()
         if self._spool is not None and self._thread is None and not self._is_closed:
             name = "zodb-s3blobs-spool"
@@ -121,7 +117,6 @@ class SpoolUploader:
         :raises S3OperationError: the first failure; what S3 did not take stays there. One that is
             transient ends this at once.
         """
-        self._own()
         report = DrainReport()
         failures: list[S3OperationError] = []
         if self._spool is None:
@@ -195,7 +190,6 @@ class SpoolUploader:
 
     def close(self) -> None:
         """End the thread; what is not uploaded stays in the spool."""
-        self._own()
         self._is_closed = True
         self._wanted.set()
         for upload in self._running:

@@ -5,6 +5,8 @@ import os
 import threading
 import time
 
+from .forks import begin_in_children
+
 
 # What is kept, with the newest file: bytes in all, and seconds.
 KEPT_BYTES = 256 << 20
@@ -22,19 +24,14 @@ class Overflow:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._begin()
+        self.begin()
+        begin_in_children(self)
 
-    def _begin(self) -> None:
-        # A forked child begins anew: the files are its parent's, and so is whoever has the lock.
+    def begin(self) -> None:
+        """Forget all files: a child's are its parent's, and so is whoever has the lock."""
         self._lock = threading.Lock()
         # Guarded by _lock; name to path, size in bytes and time, the newest last
         self._files: dict[str, tuple[str, int, float]] = {}
-        self._pid = os.getpid()
-
-    def _own(self) -> threading.Lock:
-        if self._pid != os.getpid():
-            self._begin()
-        return self._lock
 
     def get(self, name: str) -> str | None:
         """Return the path of a file that is kept, else None."""
@@ -45,7 +42,7 @@ class Overflow:
     def keep(self, name: str, path: str) -> str:
         """Take over a file and return its path."""
         size = os.path.getsize(path)
-        with self._own():
+        with self._lock:
             self._forget(name)
             self._files[name] = path, size, self._clock()
         self.expire()
@@ -53,12 +50,12 @@ class Overflow:
 
     def expire(self) -> None:
         """Remove what was kept for long enough."""
-        with self._own():
+        with self._lock:
             self._drop_old()
 
     def clear(self) -> None:
         """Remove all."""
-        with self._own():
+        with self._lock:
             for name in list(self._files):
                 self._forget(name)
 

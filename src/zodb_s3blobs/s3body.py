@@ -5,7 +5,6 @@ servers that forget metadata, have a length only.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import closing
 import hashlib
@@ -26,17 +25,23 @@ SLOWEST_RATE = 16 << 10
 
 
 class CancellableBody:
-    """A file whose reading stops when the upload is cancelled."""
+    """A file whose reading stops when the upload is cancelled, or takes too long.
 
-    def __init__(self, file: BinaryIO, cancelled: Cancellation) -> None:
+    :param float deadline: by `time.monotonic`.
+    """
+
+    def __init__(self, file: BinaryIO, cancelled: Cancellation, deadline: float) -> None:
         self._file = file
         self._cancelled = cancelled
+        self._deadline = deadline
         self.seek = file.seek
         self.tell = file.tell
 
     def read(self, size: int = -1) -> bytes:
         if self._cancelled:
             raise UploadCancelled
+        if time.monotonic() > self._deadline:
+            raise TimeoutError("the server takes the bytes too slowly")
         return self._file.read(size)
 
 
@@ -86,33 +91,42 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: floa
     size = 0
     with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
         check_origin(answer)
-        for piece in _pieces(body, answer.get("ContentLength", CHUNK)):
+        while piece := read_piece(body, CHUNK):
             digest.update(piece)
             _write_all(file, piece)
             size += len(piece)
             if time.monotonic() > deadline + size / SLOWEST_RATE:
                 raise BodyError(TransientS3Error, f"only {size} bytes came in time")
+        check_end(size, answer.get("ContentLength", size))
     _verify(key, answer, size, digest.hexdigest())
     return size
 
 
-def _pieces(body: Any, size: int) -> Iterator[memoryview]:
-    """Yield the bytes of a body; those of a small one in one read, which takes half the time."""
-    if size < CHUNK:
-        yield memoryview(_reading(body.read))
-        return
-    buffer = memoryview(bytearray(CHUNK))
-    while count := read_some(body, buffer):
-        yield buffer[:count]
+def read_piece(body: Any, size: int) -> bytes:
+    """Return bytes from the body of an answer, up to size, as they come; none at its end.
 
-
-def read_some(body: Any, buffer: memoryview) -> int:
-    """Read from the body of an answer; return how many bytes came, 0 at its end.
+    What reads until it has all of them, as `read` does, would wait for ever for a server that sends
+    a byte now and then.
 
     :raises BodyError: when it is cut.
     """
-    count: int = _reading(body.readinto, buffer)
-    return count
+    from botocore.response import StreamingBody
+
+    read = body.read
+    if type(body) is StreamingBody:  # and none that compares a checksum while it is read
+        raw: Any = vars(body).get("_raw_stream")
+        read = getattr(raw, "read1", read)  # which old releases of urllib3 do not have
+    piece: bytes = _reading(read, size)
+    return piece
+
+
+def check_end(size: int, expected: int) -> None:
+    """Require that a body had as many bytes as the answer said.
+
+    :raises BodyError: when it is cut.
+    """
+    if size < expected:
+        raise BodyError(TransientS3Error, f"the answer was cut: {size} of {expected} bytes came")
 
 
 def _reading(call: Callable[..., Any], *args: Any) -> Any:
@@ -128,7 +142,8 @@ def _reading(call: Callable[..., Any], *args: Any) -> Any:
         raise BodyError(TransientS3Error, f"the answer was cut: {type(error).__name__}") from error
 
 
-def _write_all(file: Any, data: memoryview) -> None:
+def _write_all(file: Any, piece: bytes) -> None:
+    data = memoryview(piece)
     while data:
         data = data[file.write(data) :]
 

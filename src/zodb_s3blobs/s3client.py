@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 import logging
 import os
+import time
 from typing import Any
 
 from zope.interface import implementer
@@ -21,6 +22,7 @@ from .s3body import check_origin
 from .s3body import describe_bytes
 from .s3body import describe_file
 from .s3body import metadata_of
+from .s3body import SLOWEST_RATE
 from .s3errors import code_of
 from .s3errors import INTEGRITY_CODES
 from .s3errors import NO_BATCH_DELETE_CODES
@@ -193,7 +195,8 @@ class S3Client(S3Reader):
         metadata = describe_file(s3_key, file)
         in_parts = size >= self._multipart_threshold or size > LARGEST_SINGLE_REQUEST
         if not (in_parts and self._put_parts(s3_key, file.name, size, metadata, cancelled)):
-            self._put(s3_key, CancellableBody(file, cancelled), metadata)
+            deadline = time.monotonic() + self._read_timeout + size / SLOWEST_RATE
+            self._put(s3_key, CancellableBody(file, cancelled, deadline), metadata)
 
     def _put(self, s3_key: str, body: Any, metadata: Mapping[str, str]) -> None:
         def put() -> None:

@@ -12,7 +12,7 @@ from .interfaces import IntegrityError
 from .interfaces import TransientS3Error
 from .s3body import check_origin
 from .s3body import metadata_of
-from .s3body import read_some
+from .s3body import read_piece
 from .s3body import SLOWEST_RATE
 from .s3errors import BodyError
 from .sections import Section
@@ -70,7 +70,7 @@ def open_answer(key: str, answer: Mapping[str, Any], start: int) -> Opened:
         if expected != found:
             raise BodyError(IntegrityError, f"{what} is {found}, expected {expected}")
     if "ContentRange" not in answer:
-        _skip(body, start)
+        _skip(body, min(start, size))
     return Opened(body, size)
 
 
@@ -83,10 +83,10 @@ def nothing_there(error: Any, start: int) -> Opened:
 
 def _skip(body: Any, count: int) -> None:
     while count:
-        read = read_some(body, memoryview(bytearray(min(count, SKIP))))
-        if not read:
-            return  # all behind its end is empty, and so is this
-        count -= read
+        piece = read_piece(body, min(count, SKIP))
+        if not piece:
+            raise BodyError(TransientS3Error, "the answer ended early")
+        count -= len(piece)
 
 
 class RemoteSection(Section):
@@ -154,7 +154,9 @@ class RemoteSection(Section):
 
     def _read_body(self, view: memoryview) -> int:
         begun = time.monotonic()
-        count = read_some(self._body, view) if self._body is not None else 0
+        piece = read_piece(self._body, len(view)) if self._body is not None else b""
+        count = len(piece)
+        view[:count] = piece
         if not count:
             raise BodyError(TransientS3Error, "the answer ended early")
         # Only what is spent here counts: a reader may take its time.

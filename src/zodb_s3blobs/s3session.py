@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import hashlib
 import io
+import logging
 import os
 import threading
 from typing import Any
@@ -122,6 +123,7 @@ class S3Session:
         import botocore.session
         import s3transfer.manager
 
+        _keep_headers_out_of_logs()
         global _loader
         session = botocore.session.Session()
         if _loader is None:
@@ -207,6 +209,17 @@ class S3Session:
         if made is not None and made[0] == os.getpid():
             made[1].transfers.shutdown()
             made[1].client.close()
+
+
+def _keep_headers_out_of_logs() -> None:
+    """Let boto's loggers be silent about requests, whose headers tell a key of ours (SSE-C).
+
+    Where somebody has chosen their level, that counts.
+    """
+    for name in ("boto3", "botocore", "s3transfer"):
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
 
 
 def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-import os
 import threading
 import time
-import weakref
+
+from .forks import begin_in_children
 
 
 #: What `stats` of a storage tells, by name. Those that end in _total only grow.
@@ -46,7 +46,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.begin()
-        _all.add(self)
+        begin_in_children(self)
 
     def begin(self) -> None:
         """Set all to zero."""
@@ -115,14 +115,3 @@ class CacheCounters(Counters):
 
     evictions: int
     evicted_bytes: int
-
-
-_all: "weakref.WeakSet[Counters]" = weakref.WeakSet()
-
-
-def _begin_all() -> None:
-    for counters in list(_all):
-        counters.begin()
-
-
-os.register_at_fork(after_in_child=_begin_all)
