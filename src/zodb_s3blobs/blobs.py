@@ -30,7 +30,7 @@ from .sections import checked_range
 from .sections import FileSection
 
 
-__all__ = ["is_cached", "open_range", "prefetch", "presigned_url", "size"]
+__all__ = ["is_cached", "open_range", "prefetch", "presigned_url", "size", "verify"]
 
 T = TypeVar("T")
 
@@ -130,6 +130,19 @@ def presigned_url(
         oid, serial, expires_in, content_type, filename, disposition
     )
     return url
+
+
+def verify(blob: Blob) -> bool:
+    """Compare the bytes on this host with what was stored, and replace them when they differ.
+
+    :returns: False when a cached file had to be replaced.
+    :raises POSKeyError: when the blob is nowhere.
+    :raises S3OperationError: when S3 cannot tell, or has other bytes itself.
+    """
+    if _is_local(blob):
+        return True
+    storage, oid, serial = _whereabouts(blob)
+    return not IS3BlobStorage.providedBy(storage) or storage.verify_blob(oid, serial)
 
 
 def _is_local(blob: Blob) -> bool:

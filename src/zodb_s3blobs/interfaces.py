@@ -114,6 +114,13 @@ class IS3Client(Interface):
             file is then not to be used.
         """
 
+    def verify_file(s3_key, local_path):
+        """Compare a file with what is known of an object, without a download.
+
+        :raises MissingObjectError: when the bucket has no such object.
+        :raises IntegrityError: when the file has other bytes.
+        """
+
     def open_range(s3_key, start=0, stop=None, waiting=nullcontext):
         """Open the bytes of an object from start to below stop, or to its end.
 
@@ -305,6 +312,14 @@ class IS3BlobStorage(IBlobStorage):
 
     def blob_is_cached(oid, serial):
         """Tell whether the bytes of a blob are on this host; does not count as a read."""
+
+    def verify_blob(oid, serial):
+        """Compare the cached file of a blob with what was stored, by length and digest.
+
+        What differs is fetched again and replaced; what is not cached is fetched, and so verified.
+
+        :returns: False when a cached file had to be replaced.
+        """
 
     def blob_size(oid, serial):
         """Return the size of a blob in bytes, with a HEAD request if need be, once."""

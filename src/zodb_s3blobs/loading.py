@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 import errno
+from functools import partial
 import logging
 import os
 from typing import Any
@@ -17,6 +18,7 @@ from ZODB.POSException import POSKeyError
 from .batching import Batcher
 from .interfaces import DISK_FULL
 from .interfaces import FILES_AT_ONCE
+from .interfaces import IntegrityError
 from .interfaces import MissingObjectError
 from .interfaces import NotUploadedError
 from .interfaces import S3OperationError
@@ -232,6 +234,41 @@ class BlobLoader:
                 logger.warning("prefetched, but not cached path=%s", flight.path, exc_info=True)
             flight.outcome.set_result(path)
 
+    def verify(self, oid: bytes, serial: bytes, find_reference: FindReference) -> bool:
+        """Compare a cached file with what was stored, and replace it when it differs.
+
+        :returns: False when it was replaced; True when it was right, or fetched just now.
+        :raises POSKeyError: when neither the bucket nor a source has the blob.
+        :raises S3OperationError: when that cannot be told; the file stays as it is.
+        """
+        path = self._cache.get(oid, serial)
+        if path is None:
+            self.load(oid, serial, find_reference)
+            return True
+        stamp = find_reference(oid, serial)
+        try:
+            return self._ask(
+                oid,
+                serial,
+                stamp,
+                partial(self._compare, path),
+                partial(_same_size, path, oid, serial),
+            )
+        except FileNotFoundError:
+            return True  # evicted meanwhile
+        except IntegrityError as error:
+            logger.warning("cached file replaced key=%s: %s", error.key, error)
+        # The new one is complete, and verified, before the old one goes.
+        arrived = self._cache.temporary_file()
+        self._fetch(oid, serial, stamp, arrived)
+        self._cache.discard(oid, serial)
+        self._cache.put(oid, serial, arrived)
+        return False
+
+    def _compare(self, path: str, key: str) -> bool:
+        self._client.verify_file(key, path)
+        return True
+
     def locate(self, oid: bytes, serial: bytes, find_reference: FindReference) -> Located:
         """Return where the bytes of a revision are, and how many.
 
@@ -315,6 +352,15 @@ class BlobLoader:
                 raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
+
+
+def _same_size(path: str, oid: bytes, serial: bytes, source: Any) -> bool | None:
+    size = source.size(oid, serial)
+    if size is None:
+        return None
+    if size != os.path.getsize(path):
+        raise IntegrityError(f"{path} has other bytes than its source")
+    return True
 
 
 def _not_uploaded(key: str, oid: bytes, serial: bytes) -> NotUploadedError:

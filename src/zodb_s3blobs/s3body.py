@@ -52,13 +52,18 @@ def describe_bytes(key: str, data: bytes) -> dict[str, str]:
 
 def describe_file(key: str, file: BinaryIO) -> dict[str, str]:
     """Return the metadata of an object with a file's bytes, read from its beginning."""
+    return _describe(key, *digest_of(file))
+
+
+def digest_of(file: BinaryIO) -> tuple[int, Any]:
+    """Return the number of bytes that a file has from here on, and their SHA-256."""
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(CHUNK))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]  # BinaryIO lacks it
         digest.update(buffer[:count])
         size += count
-    return _describe(key, size, digest)
+    return size, digest
 
 
 def _describe(key: str, size: int, digest: Any) -> dict[str, str]:
@@ -98,7 +103,7 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: floa
             if time.monotonic() > deadline + size / SLOWEST_RATE:
                 raise BodyError(TransientS3Error, f"only {size} bytes came in time")
         check_end(size, answer.get("ContentLength", size))
-    _verify(key, answer, size, digest.hexdigest())
+    verify(key, answer, size, digest.hexdigest())
     return size
 
 
@@ -148,7 +153,12 @@ def _write_all(file: Any, piece: bytes) -> None:
         data = data[file.write(data) :]
 
 
-def _verify(key: str, answer: Mapping[str, Any], size: int, digest: str) -> None:
+def verify(key: str, answer: Mapping[str, Any], size: int, digest: str) -> None:
+    """Compare bytes with what an answer says of an object, as far as it does.
+
+    :param str digest: SHA-256, in hexadecimal.
+    :raises BodyError: when they differ.
+    """
     metadata = metadata_of(answer)
     for what, expected, found in (
         ("length", str(answer.get("ContentLength", size)), str(size)),

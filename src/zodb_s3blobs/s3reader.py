@@ -18,7 +18,9 @@ from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
+from .s3body import digest_of
 from .s3body import receive
+from .s3body import verify
 from .s3errors import BodyError
 from .s3errors import code_of
 from .s3errors import make_error
@@ -152,6 +154,18 @@ class S3Reader:
         """
         size: int = self._head_of_existing("head", s3_key)["ContentLength"]
         return size
+
+    def verify_file(self, s3_key: str, local_path: str) -> None:
+        """Compare a file with what is known of an object: its length and, mostly, its digest.
+
+        :raises MissingObjectError: when the bucket has no such object.
+        :raises IntegrityError: when the file has other bytes.
+        """
+        head = self._head_of_existing("verify", s3_key)
+        with open(local_path, "rb") as file:
+            size, digest = digest_of(file)
+        with self._translated("verify", s3_key, "s3:GetObject"):
+            verify(s3_key, head, size, digest.hexdigest())
 
     def _head_of_existing(self, operation: str, s3_key: str) -> Mapping[str, Any]:
         head = self.head_object(s3_key)

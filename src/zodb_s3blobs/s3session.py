@@ -217,9 +217,9 @@ def _keep_headers_out_of_logs() -> None:
     Where somebody has chosen their level, that counts.
     """
     for name in ("boto3", "botocore", "s3transfer"):
-        logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+        its_logger = logging.getLogger(name)
+        if its_logger.level == logging.NOTSET:
+            its_logger.setLevel(logging.INFO)
 
 
 def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:

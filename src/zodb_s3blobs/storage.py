@@ -445,6 +445,11 @@ class S3BlobStorage:
         """Tell whether the bytes of a blob are on this host."""
         return self.__reader.is_cached(oid, serial)
 
+    def verify_blob(self, oid: bytes, serial: bytes) -> bool:
+        """Compare the cached file of a blob with what was stored; False when it was replaced."""
+        with self.__counters.waiting():
+            return self.__loader.verify(oid, serial, self.__find_reference)
+
     def blob_size(self, oid: bytes, serial: bytes) -> int:
         """Return the size of a blob in bytes, without a download."""
         return self.__reader.size(oid, serial)
