@@ -22,6 +22,7 @@ from zodb_s3blobs.testing.process import ServiceMissing
 from . import caching
 from . import commit
 from . import filestorage
+from . import memory
 from . import objects
 from . import opening
 from . import packing
@@ -53,6 +54,7 @@ BENCHMARKS = {
     "buffer": filestorage.buffer,
     "sweep": postgresql.sweep,
     "sweep-zeo": zeo.sweep,
+    "memory": memory.memory,
     "open": opening.import_and_open,
 }
 LINE = "{what:<56}{server:<8}{ours:>10}{reference:>11}  {unit:<5}{ratio:>6}  {goal:<20}{verdict}"
