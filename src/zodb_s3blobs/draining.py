@@ -70,10 +70,13 @@ class SpoolUploader:
         return spool if spool is not None and spool.takes_commits else None
 
     def usage(self) -> dict[str, float | None]:
-        """Return what is in the spool, by the names of `stats.MEANINGS`."""
+        """Return what is in the spool, by the names of `stats.MEANINGS`; None if it cannot be told."""
         if self._spool is None:
             return {"spool_blobs": 0, "spool_bytes": 0, "spool_age_seconds": None}
-        return self._spool.usage()
+        try:
+            return self._spool.usage()
+        except OSError:
+            return dict.fromkeys(("spool_blobs", "spool_bytes", "spool_age_seconds"))
 
     def begin(self) -> None:
         """Begin without a thread."""

@@ -73,7 +73,10 @@ class Spool:
         self.directory = os.path.abspath(directory)
         self.takes_commits = takes_commits
         self._blobs = os.path.join(self.directory, "blobs")
+        # One by one: the mode is that of the last directory alone.
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
         os.makedirs(self._blobs, mode=0o700, exist_ok=True)
+        _sync_directory(os.path.dirname(self.directory))
         self._claim("\n".join(place) + "\n")
 
     def __repr__(self) -> str:
@@ -151,7 +154,10 @@ class Spool:
                     journal.close()
 
     def usage(self) -> dict[str, float | None]:
-        """Return a mapping with ``spool_blobs``, ``spool_bytes`` and ``spool_age_seconds``."""
+        """Return a mapping with ``spool_blobs``, ``spool_bytes`` and ``spool_age_seconds``.
+
+        :raises OSError: when the directory cannot be read.
+        """
         count = size = 0
         oldest = None
         with os.scandir(self._blobs) as entries:
