@@ -70,7 +70,7 @@ class SpoolUploader:
         return spool if spool is not None and spool.takes_commits else None
 
     def usage(self) -> dict[str, float | None]:
-        """Return what is in the spool, by the names of `stats.MEANINGS`; None if it cannot be told."""
+        """Return what is in the spool, by the names of `stats.MEANINGS`; None where that fails."""
         if self._spool is None:
             return {"spool_blobs": 0, "spool_bytes": 0, "spool_age_seconds": None}
         try:
