@@ -20,6 +20,8 @@ from .s3errors import BodyError
 
 
 CHUNK = 1 << 20
+# What is read of a file at a time, by as many threads as upload
+BUFFER = 256 << 10
 # Bytes a second; what comes more slowly over the whole of a body has failed.
 SLOWEST_RATE = 16 << 10
 
@@ -59,7 +61,7 @@ def digest_of(file: BinaryIO) -> tuple[int, Any]:
     """Return the number of bytes that a file has from here on, and their SHA-256."""
     digest = hashlib.sha256()
     size = 0
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(BUFFER))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]  # BinaryIO lacks it
         digest.update(buffer[:count])
         size += count
