@@ -47,6 +47,7 @@ class TransactionBlobs:
     :param bool owns_keys: whether an abort may delete what was uploaded. False
         where the tid was given from outside: the object may be another's.
     :param bool holds_lock: whether others cannot commit while the transaction's uploads run.
+    :param bool may_spool: whether blobs may go to the spool while S3 is down.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class TransactionBlobs:
         tid: bytes | None,
         owns_keys: bool,
         holds_lock: bool = False,
+        may_spool: bool = True,
     ) -> None:
         self.tid = tid
         self._holds_lock = holds_lock
         self.phase = Phase.OPEN
         self._services = services
         self._owns_keys = owns_keys
-        self._blobs = BlobUploads(services, self._release_room)
+        self._blobs = BlobUploads(services, self._release_room, may_spool)
         # What the vote still asks of the base, before it stores records: undos.
         self._calls: list[Callable[[], Any]] = []
         # By oid, what it stores then, besides the records of blobs that are staged.

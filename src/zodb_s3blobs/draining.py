@@ -1,6 +1,7 @@
 """Uploads what is in the spool: on demand, and by itself when S3 is back."""
 
 from concurrent.futures import CancelledError
+from enum import Enum
 from functools import partial
 from itertools import islice
 import logging
@@ -30,6 +31,16 @@ IDLE_PAUSE = 60.0
 # Commits use the same pool.
 AT_ONCE = 4
 CLOSE_TIMEOUT = 30.0
+
+
+class _Outcome(Enum):
+    UPLOADED = "uploaded"
+    #: its file is gone, and it is in the bucket
+    THERE = "there"
+    #: its file has other bytes than those that were put there
+    DAMAGED = "damaged"
+    #: it is nowhere
+    GONE = "gone"
 
 
 class DrainReport(Report):
@@ -70,13 +81,10 @@ class SpoolUploader:
         return spool if spool is not None and spool.takes_commits else None
 
     def usage(self) -> dict[str, float | None]:
-        """Return what is in the spool, by the names of `stats.MEANINGS`; None where that fails."""
+        """Return what is in the spool, by the names of `stats.MEANINGS`."""
         if self._spool is None:
             return {"spool_blobs": 0, "spool_bytes": 0, "spool_age_seconds": None}
-        try:
-            return self._spool.usage()
-        except OSError:
-            return dict.fromkeys(("spool_blobs", "spool_bytes", "spool_age_seconds"))
+        return self._spool.usage()
 
     def begin(self) -> None:
         """Begin without a thread."""
@@ -128,7 +136,7 @@ class SpoolUploader:
             try:
                 for journal in self._spool.journals():
                     self._drain(journal, report, failures)
-                    if self._is_closed or any(isinstance(e, TransientS3Error) for e in failures):
+                    if self._is_closed or _is_down(failures):
                         break
             finally:
                 if report.uploaded:
@@ -149,39 +157,47 @@ class SpoolUploader:
                     kept += not self._take_note(entry, upload.future.result(), journal, report)
                 except S3OperationError as error:
                     report.failed += 1
+                    kept += 1
                     failures.append(error)
                 except (CancelledError, UploadCancelled):
                     kept += 1
-            if failures or self._is_closed:
+            if self._is_closed or _is_down(failures):
                 return
-        if not kept:
+        if journal.is_damaged:
+            logger.error("spool has a damaged journal path=%s", journal.path)
+        elif not kept:
             journal.remove()
 
-    def _upload(self, entry: SpooledBlob, cancelled: Cancellation) -> bool | None:
-        """Return True when it was uploaded, False when its file is damaged, None when that is gone.
+    def _upload(self, entry: SpooledBlob, cancelled: Cancellation) -> _Outcome:
+        """Upload a blob and remove its file.
 
         :raises S3OperationError: when S3 does not take it.
         """
         try:
             if not entry.is_intact():
-                return False
+                return _Outcome.DAMAGED
             self._client.upload_file(entry.path, entry.key, cancelled)
-            os.remove(entry.path)
         except FileNotFoundError:
             # Uploaded by a process that could not say so any more, or else lost.
-            return True if self._client.head_object(entry.key) is not None else None
+            is_there = self._client.head_object(entry.key) is not None
+            return _Outcome.THERE if is_there else _Outcome.GONE
         self.counters.add(spool_uploads=1)
-        return True
+        try:
+            os.remove(entry.path)
+        except FileNotFoundError:
+            pass  # by another process, or by hand
+        return _Outcome.UPLOADED
 
     def _take_note(
-        self, entry: SpooledBlob, outcome: bool | None, journal: Journal, report: DrainReport
+        self, entry: SpooledBlob, outcome: _Outcome, journal: Journal, report: DrainReport
     ) -> bool:
         """Count, and return whether the spool has nothing more to do with it."""
-        if outcome:
+        if outcome is _Outcome.UPLOADED:
             report.uploaded += 1
             report.bytes += entry.size
+        if outcome in (_Outcome.UPLOADED, _Outcome.THERE):
             return True
-        if outcome is False:
+        if outcome is _Outcome.DAMAGED:
             report.damaged += 1
             logger.error("spooled blob is damaged key=%s path=%s", entry.key, entry.path)
             return False
@@ -199,3 +215,9 @@ class SpoolUploader:
             upload.cancel()
         if self._thread is not None:
             self._thread.join(CLOSE_TIMEOUT)
+        if self._spool is not None:
+            self._spool.close()
+
+
+def _is_down(failures: list[S3OperationError]) -> bool:
+    return any(isinstance(each, TransientS3Error) for each in failures)

@@ -151,7 +151,7 @@ class TidRewriter:
 
     def _copy_all(self, names: Names) -> None:
         """Copy to the keys of their tids what stays as history."""
-        copies = TransactionBlobs(self._services, None, owns_keys=False)
+        copies = TransactionBlobs(self._services, None, owns_keys=False, may_spool=False)
         count = 0
         try:
             for oid, revisions in self._look(names):

@@ -18,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import ExitStack
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
 import time
+from typing import BinaryIO
 from typing import NamedTuple
 
 from zope.interface import implementer
@@ -33,11 +36,13 @@ from .keys import parse_key
 from .keys import PREFIX
 
 
-JOURNAL = ".journal"
+logger = logging.getLogger(__name__)
+
 COMPLETE = "complete"
 UNFINISHED = ".tmp"
 CHUNK = 1 << 20
 _LINE = re.compile(r"([0-9a-f]{64}) ([0-9]+) (\S+)")
+_JOURNAL = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.journal")
 
 
 class SpooledBlob(NamedTuple):
@@ -77,39 +82,49 @@ class Spool:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         os.makedirs(self._blobs, mode=0o700, exist_ok=True)
         _sync_directory(os.path.dirname(self.directory))
-        self._claim("\n".join(place) + "\n")
+        place = "\n".join(place) + "\n"
+        # As long as it is locked, nobody makes it another bucket's.
+        self._marker = self._claim(os.path.join(self.directory, "bucket"), place)
 
     def __repr__(self) -> str:
         return f"<Spool {self.directory}>"
 
-    def _claim(self, place: str) -> None:
-        marker = os.path.join(self.directory, "bucket")
-        try:
-            with open(marker, encoding="utf-8") as file:
-                found = file.read()
-        except FileNotFoundError:
-            found = ""
-        if found == place:
-            return
-        if found and self._names():
-            raise ValueError(
-                f"the spool {self.directory} holds blobs that are not uploaded yet, for"
-                f" {' '.join(found.split())}, not {' '.join(place.split())}: let a process with the"
-                f" former configuration upload them, or, if it is the same bucket, remove {marker}"
-            )
-        temporary = f"{marker}-{os.urandom(8).hex()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(place)
-            os.fsync(file.fileno())
-        os.replace(temporary, marker)
-        _sync_directory(self.directory)
+    def _claim(self, path: str, place: str) -> BinaryIO:
+        """Return the marker, open and locked.
+
+        :raises ValueError: when it names another bucket, for which something is here or may come.
+        """
+        with ExitStack() as failed:
+            marker = failed.enter_context(_open_marker(path))
+            fcntl.flock(marker, fcntl.LOCK_SH)
+            if _read(marker.fileno()) != place:
+                try:
+                    fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found = _read(marker.fileno())
+                    raise _other_bucket(self.directory, found, place, "is in use") from None
+                found = _read(marker.fileno())
+                if found not in ("", place) and self._names():
+                    state = "holds blobs that are not uploaded yet"
+                    raise _other_bucket(self.directory, found, place, state)
+                os.ftruncate(marker.fileno(), 0)
+                os.pwrite(marker.fileno(), place.encode(), 0)
+                os.fsync(marker)
+                _sync_directory(self.directory)
+                fcntl.flock(marker, fcntl.LOCK_SH)
+            failed.pop_all()
+        return marker
+
+    def close(self) -> None:
+        """Let go of the directory; another bucket may have it when it is empty."""
+        self._marker.close()
 
     def _path(self, key: str) -> str:
         return os.path.join(self._blobs, key.removeprefix(PREFIX).replace("/", "-"))
 
     def _names(self) -> list[str]:
         """Return the names of the journals, the oldest first."""
-        return sorted(name for name in os.listdir(self.directory) if name.endswith(JOURNAL))
+        return sorted(filter(_JOURNAL.fullmatch, os.listdir(self.directory)))
 
     def take(self, files: Sequence[tuple[str, str]]) -> SpooledTransaction:
         """Keep copies of files, by key; they are durable when this returns.
@@ -121,8 +136,7 @@ class Spool:
         for key, path in files:
             digest, size = _digest(path)
             entries.append(SpooledBlob(key, size, digest, self._path(key)))
-        name = f"{time.time_ns():016x}-{os.urandom(8).hex()}{JOURNAL}"
-        taken = SpooledTransaction(os.path.join(self.directory, name), entries)
+        taken = SpooledTransaction(self.directory, entries)
         try:
             for entry, (_key, path) in zip(entries, files, strict=True):
                 taken.put(entry, path)
@@ -146,7 +160,13 @@ class Spool:
         Each is this process's alone until the next one is asked for.
         """
         for name in self._names():
-            journal = Journal.open(os.path.join(self.directory, name), self._path)
+            path = os.path.join(self.directory, name)
+            try:
+                journal = Journal.open(path, self._path)
+            except (OSError, ValueError):
+                # Another user's, perhaps, or no file. The others need not wait for that.
+                logger.exception("spool has a journal that cannot be read path=%s", path)
+                continue
             if journal is not None:
                 try:
                     yield journal
@@ -156,8 +176,14 @@ class Spool:
     def usage(self) -> dict[str, float | None]:
         """Return a mapping with ``spool_blobs``, ``spool_bytes`` and ``spool_age_seconds``.
 
-        :raises OSError: when the directory cannot be read.
+        All are None where the directory cannot be read.
         """
+        try:
+            return self._usage()
+        except OSError:
+            return dict.fromkeys(("spool_blobs", "spool_bytes", "spool_age_seconds"))
+
+    def _usage(self) -> dict[str, float | None]:
         count = size = 0
         oldest = None
         with os.scandir(self._blobs) as entries:
@@ -170,7 +196,7 @@ class Spool:
                     count += 1
                     size += status.st_size
         if names := self._names():
-            oldest = max(0.0, time.time() - int(names[0].partition("-")[0], 16) / 1e9)
+            oldest = max(0.0, time.time() - int(names[0][:16], 16) / 1e9)
         return {"spool_blobs": count, "spool_bytes": size, "spool_age_seconds": oldest}
 
 
@@ -209,19 +235,16 @@ class SpooledSource:
 class SpooledTransaction:
     """The blobs that one transaction has in the spool; it belongs to the transaction's thread.
 
-    :param str path: of the journal, where nothing is yet.
+    :param str directory: where the journal comes.
     :raises OSError: when it cannot be made.
     """
 
-    def __init__(self, path: str, entries: Sequence[SpooledBlob]) -> None:
-        self._path = path
-        self._entries = entries
+    def __init__(self, directory: str, entries: Sequence[SpooledBlob]) -> None:
         # Those whose files were put here, and not by an earlier transaction.
         self._put: list[str] = []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._file: int | None = os.open(path, flags, 0o600)
+        self._file: int | None
+        self._path, self._file = _new_journal(directory)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
             self._write("".join(f"{each.digest} {each.size} {each.key}\n" for each in entries))
         except BaseException:
             # Whatever it was, nobody else knows of the file.
@@ -237,9 +260,10 @@ class SpooledTransaction:
 
     def put(self, entry: SpooledBlob, path: str) -> None:
         """Make the bytes of a file durable under an entry's path."""
-        if os.path.exists(entry.path):
+        if os.path.lexists(entry.path):
             # Restored by an earlier transaction: a key has the same bytes for ever.
-            if entry.is_intact():
+            if not os.path.islink(entry.path) and entry.is_intact():
+                _sync_file(entry.path)
                 return
             os.remove(entry.path)
         try:
@@ -254,7 +278,9 @@ class SpooledTransaction:
         """Copy to another file system, or to one without links."""
         temporary = entry.path + UNFINISHED
         self._put.append(temporary)
-        with open(path, "rb") as source, open(temporary, "wb") as target:
+        if os.path.lexists(temporary):
+            os.remove(temporary)  # of a process that was killed
+        with open(path, "rb") as source, open(temporary, "xb") as target:
             shutil.copyfileobj(source, target, CHUNK)
             target.flush()
             os.fsync(target.fileno())
@@ -289,11 +315,15 @@ class SpooledTransaction:
 class Journal:
     """What a transaction that has ended has left in the spool."""
 
-    def __init__(self, path: str, file: int, entries: list[SpooledBlob], complete: bool) -> None:
+    def __init__(
+        self, path: str, file: int, entries: list[SpooledBlob], complete: bool, damaged: bool
+    ) -> None:
         self.path = path
         self.entries = entries
         #: whether all of them were here when it voted
         self.is_complete = complete
+        #: whether it is complete and has lines that nobody can read
+        self.is_damaged = damaged
         self._file = file
 
     @classmethod
@@ -309,8 +339,7 @@ class Journal:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.stat(path)
-            with open(file, encoding="utf-8", closefd=False) as lines:
-                text = lines.read()
+            text = _read(file)
         except (BlockingIOError, FileNotFoundError):
             os.close(file)
             return None  # its transaction runs, or another uploads it, or has done so
@@ -318,14 +347,14 @@ class Journal:
             # Whatever it was, nobody else closes it.
             os.close(file)
             raise
-        entries = []
-        for line in text.splitlines():
-            match = _LINE.fullmatch(line)
-            # Half a line, perhaps, of a process that was killed.
-            if match is not None and parse_key(match[3]):
-                digest, size, key = match.groups()
-                entries.append(SpooledBlob(key, int(size), digest, path_of(key)))
-        return cls(path, file, entries, text.endswith(f"\n{COMPLETE}\n"))
+        lines = text.split("\n")
+        complete = lines[-2:] == [COMPLETE, ""]
+        lines = lines[: -2 if complete else -1]  # the last may be half a line
+        matches = [match for match in map(_LINE.fullmatch, lines) if match and parse_key(match[3])]
+        entries = [
+            SpooledBlob(each[3], int(each[2]), each[1], path_of(each[3])) for each in matches
+        ]
+        return cls(path, file, entries, complete, len(entries) < len(lines))
 
     def remove(self) -> None:
         """Forget it, when nothing of it is here any more."""
@@ -340,7 +369,53 @@ class Journal:
 
     def close(self) -> None:
         """Let others have it."""
+        # A forked child has the descriptor, too, but it is the same lock.
+        fcntl.flock(self._file, fcntl.LOCK_UN)
         os.close(self._file)
+
+
+def _open_marker(path: str) -> BinaryIO:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        file = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:
+        file = os.open(path, flags | os.O_RDONLY)  # what is there can be read at least
+    return os.fdopen(file, "rb", buffering=0)
+
+
+def _new_journal(directory: str) -> tuple[str, int]:
+    """Return the path and the descriptor of a new journal, which is locked."""
+    while True:
+        path = os.path.join(directory, f"{time.time_ns():016x}-{os.urandom(8).hex()}.journal")
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.stat(path), os.fstat(file)):
+                return path, file
+        except FileNotFoundError:
+            pass  # an uploader has seen it first, with nothing in it
+        except BaseException:
+            # Whatever it was, nobody else knows of the file.
+            os.remove(path)
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _read(file: int) -> str:
+    data = b""
+    while piece := os.pread(file, CHUNK, len(data)):
+        data += piece
+    return data.decode()
+
+
+def _other_bucket(directory: str, found: str, place: str, state: str) -> ValueError:
+    return ValueError(
+        f"the spool {directory} {state} for {' '.join(found.split())}, not for"
+        f" {' '.join(place.split())}: give each database a spool-dir of its own. If it is the same"
+        " bucket under another name, let a process with the former configuration upload what is"
+        f" there first, or remove the file {directory}/bucket while nobody uses it"
+    )
 
 
 def _digest(path: str) -> tuple[str, int]:

@@ -581,6 +581,7 @@ class S3BlobStorage:
                 # yet, and then there is nobody to tell.
                 logger.warning("rewriting could not tell connections", exc_info=True)
 
+        self.drain_spool()  # what is not in the bucket yet is not found there
         records = self.__records
         return TidRewriter(
             self.__kind, self.__services, records.read, records.without_reference, invalidate

@@ -39,10 +39,14 @@ class BlobUploads:
 
     :param release_room: gives back the room in the cache that was reserved by the names of blobs,
         before these change.
+    :param may_spool: whether what S3 does not take may go to the spool, if there is one.
     """
 
-    def __init__(self, services: BlobServices, release_room: Callable[[], None]) -> None:
+    def __init__(
+        self, services: BlobServices, release_room: Callable[[], None], may_spool: bool
+    ) -> None:
         self._services = services
+        self._may_spool = may_spool
         self._release_room = release_room
         # By (oid, tid)
         self._blobs: dict[tuple[bytes, bytes | None], StagedBlob] = {}
@@ -157,7 +161,7 @@ class BlobUploads:
             self._wait_for_bucket()
             self._renew()
         except TransientS3Error as error:
-            if self._services.spool is None:
+            if self._services.spool is None or not self._may_spool:
                 raise
             self._spool(error)
 
@@ -224,21 +228,26 @@ class BlobUploads:
         waiting = [blob for blob in self if not blob.is_spooled and not _is_uploaded(blob)]
         for blob in waiting:
             _raise_other_failure(blob)
+        names: dict[StagedBlob, bytes] = {}
         try:
-            files = [(blob, blob.path or self._load_source(blob)) for blob in waiting]
-            self._release_room()
+            files = []
             for blob in waiting:
-                if blob.store is not None:
-                    # An upload that was lost on its way may still arrive under the other key.
-                    self._give_up_key(blob)
-                    self._rename(blob, new_waiting_stamp())
-                    blob.upload = None
-            self._take([(blob.key, path) for blob, path in files])
+                name = blob.name if blob.store is None else new_waiting_stamp()
+                path = blob.path or self._load_source(blob)
+                files.append((blob_key(blob.oid, name), path))
+                names[blob] = name
+            self._take(files)
         except OSError as failure:
             logger.error("nothing can be spooled: %s", failure)
             raise error from failure
-        for blob in waiting:
+        self._release_room()  # which an earlier vote has reserved by the old stamps
+        for blob, name in names.items():
             blob.is_spooled = True
+            if name != blob.name:
+                # An upload that was lost on its way may still arrive under the other key.
+                self._give_up_key(blob)
+                self._rename(blob, name)
+                blob.upload = None
         self._services.uploader.counters.add(spooled=len(waiting))
         logger.warning("spooled count=%d: %s", len(waiting), error)
 
