@@ -24,6 +24,7 @@ from ZODB.interfaces import IMVCCStorage
 from ZODB.POSException import POSKeyError
 
 from zodb_s3blobs.config import S3BlobStorageFactory
+from zodb_s3blobs.config import Secret
 from zodb_s3blobs.interfaces import IS3BlobStorage
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
@@ -152,7 +153,8 @@ def test_defaults_are_those_of_the_documentation(text):
 def test_key_is_taken(text, line, value):
     """Each key reaches the section, converted."""
     name = line.split()[0].replace("-", "_")
-    assert getattr(parse(text(line)).config, name) == value
+    found = getattr(parse(text(line)).config, name)
+    assert (found.reveal() if isinstance(found, Secret) else found) == value
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_environment_is_read_with_dollar_and_parentheses(text, monkeypatch):
     """Secrets need not stand in the file."""
     monkeypatch.setenv("TEST_S3_SECRET", "from the environment")
     lines = ["s3-access-key key", "s3-secret-key $(TEST_S3_SECRET)"]
-    assert parse(text(*lines)).config.s3_secret_key == "from the environment"
+    assert parse(text(*lines)).config.s3_secret_key.reveal() == "from the environment"
     monkeypatch.delenv("TEST_S3_SECRET")
     with pytest.raises(ZConfig.ConfigurationError):
         parse(text(*lines))

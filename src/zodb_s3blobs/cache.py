@@ -37,6 +37,7 @@ from .cachefiles import name_of
 from .cacheindex import CacheIndex
 from .cacheindex import IndexDamaged
 from .cachesurvey import Survey
+from .directories import make_private
 from .directorylock import DirectoryBusy
 from .interfaces import DISK_FULL
 from .interfaces import EVICTION_ATTEMPTS
@@ -78,12 +79,13 @@ class S3BlobCache:
     ) -> None:
         self.cache_dir = os.path.abspath(cache_dir)
         self.max_size = max_size
-        # The mode counts for the last directory only.
-        os.makedirs(self.cache_dir, mode=0o700, exist_ok=True)
+        make_private(self.cache_dir)
+        if os.stat(self.cache_dir).st_mode & 0o002:
+            logger.warning("cache directory is open to others path=%s", self.cache_dir)
         self._temporaries = TempFiles(os.path.join(self.cache_dir, "process"))
         self.temp_dir = os.path.join(self.cache_dir, "tmp")
         try:
-            os.makedirs(self.temp_dir, mode=0o700, exist_ok=True)
+            make_private(self.temp_dir)
         except OSError:
             self.temp_dir = os.path.dirname(self._temporaries.elsewhere())
         self._clock = clock

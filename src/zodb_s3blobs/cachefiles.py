@@ -11,6 +11,8 @@ import logging
 import os
 import re
 
+from .directories import make_private
+
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class CacheFiles:
         try:
             os.replace(source_path, path)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            make_private(os.path.dirname(path))
             os.replace(source_path, path)
         return path
 

@@ -16,6 +16,7 @@ import time
 from .cachefiles import CacheFiles
 from .cacheindex import CacheIndex
 from .cacheindex import IndexRows
+from .directories import private
 
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,7 @@ class Survey:
 
     def _remember(self, boot: str) -> None:
         new = f"{self._marker}.{os.getpid()}"
-        with open(new, "w") as file:
+        with open(new, "w", opener=private) as file:
             file.write(boot)
             file.flush()
             os.fsync(file.fileno())

@@ -140,10 +140,24 @@ key_prefix = values.key_prefix
 endpoint_url = values.endpoint_url
 
 
-def sse_customer_key(text: str) -> str:
-    """Return the text of an SSE-C key that can be one."""
+class Secret:
+    """A text that no print of a configuration shows."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return "(secret)"
+
+    def reveal(self) -> str:
+        """Return the text."""
+        return self._text
+
+
+def sse_customer_key(text: str) -> Secret:
+    """Return an SSE-C key that can be one."""
     values.sse_customer_key(text)
-    return text
+    return Secret(text)
 
 
 def region(text: str) -> str:
@@ -233,12 +247,12 @@ class S3BlobStorageFactory(BaseConfig):
             config.s3_endpoint_url,
             config.s3_region,
             config.s3_access_key,
-            config.s3_secret_key,
+            _revealed(config.s3_secret_key),
             config.s3_use_ssl is not False,
             config.s3_addressing_style,
             config.s3_connect_timeout,
             config.s3_read_timeout,
-            config.s3_sse_customer_key,
+            _revealed(config.s3_sse_customer_key),
             max_attempts=config.s3_max_attempts,
             multipart_threshold=config.s3_multipart_threshold,
             multipart_part_size=config.s3_multipart_part_size,
@@ -252,6 +266,10 @@ class S3BlobStorageFactory(BaseConfig):
             concurrency=config.upload_concurrency,
             public_endpoint_url=config.s3_public_endpoint_url,
         )
+
+
+def _revealed(secret: Secret | None) -> str | None:
+    return None if secret is None else secret.reveal()
 
 
 # What this process has opened, by endpoint, bucket and prefix.

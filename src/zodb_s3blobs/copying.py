@@ -16,6 +16,8 @@ from ZODB.interfaces import IBlobStorage
 from ZODB.POSException import POSKeyError
 from ZODB.utils import u64
 
+from .directories import private
+
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,10 @@ def _copy_record(
 
 def _copy_file(blobs: Any, oid: bytes, tid: bytes, path: str) -> bool:
     try:
-        with blobs.openCommittedBlobFile(oid, tid) as source, open(path, "wb") as target:
+        with (
+            blobs.openCommittedBlobFile(oid, tid) as source,
+            open(path, "wb", opener=private) as target,
+        ):
             shutil.copyfileobj(source, target, 1 << 20)
     except POSKeyError:
         logger.warning("copied without its blob oid=0x%x tid=0x%x", u64(oid), u64(tid))

@@ -8,6 +8,8 @@ import random
 import threading
 import time
 
+from .directories import make_private
+
 
 # Seconds until somebody gives up waiting for the others.
 BUSY_TIMEOUT = 10.0
@@ -79,7 +81,7 @@ class DirectoryLock:
         try:
             return os.open(self._path, flags)
         except FileNotFoundError:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            make_private(self._path)
             return os.open(self._path, flags)
 
     def _give_up(self, directory: int | None) -> None:

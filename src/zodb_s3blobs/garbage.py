@@ -123,10 +123,10 @@ class Sweeper:
             batch = [*chain.from_iterable(pages)]
             if not batch:
                 return None
-            if batch[0].key <= after:
+            if batch[0].key <= after or batch[-1].key < batch[0].key:
                 raise PermanentS3Error(
-                    f"S3 list begins at {batch[0].key!r} and not behind {after!r}: the server does"
-                    " not know StartAfter, and a sweep would not end"
+                    f"S3 list begins at {batch[0].key!r} and not behind {after!r}, or is not"
+                    " sorted: the server does not know StartAfter, and a sweep would not end"
                 )
 
             def is_late(begun: float = begun) -> bool:
@@ -153,8 +153,8 @@ class Sweeper:
         :returns: False in that case; nothing was deleted or counted.
         """
         counts = SweepReport()
-        counts.listed = len(batch)
         by_key = {listed.key: listed for listed in batch}
+        counts.listed = len(by_key)
         suspects = set(by_key)
         if self._base.hides_undo and not dry_run:
             closed = [by_key[key] for key in self._open_keys.closed(by_key)]

@@ -86,6 +86,28 @@ def check_origin(answer: Mapping[str, Any]) -> None:
         raise BodyError(TransientS3Error, "something else than S3 has answered (no ETag)")
 
 
+def check_not_a_page(answer: Mapping[str, Any]) -> None:
+    """Require an answer that is no page for people, as a proxy's may be.
+
+    :raises BodyError: when something else has answered.
+    """
+    told = answer["ResponseMetadata"]
+    # An answer 204 has no body, whatever it says of that.
+    is_page = told["HTTPHeaders"].get("content-type", "").startswith("text/html")
+    if told["HTTPStatusCode"] == 200 and is_page:
+        raise BodyError(TransientS3Error, "something else than S3 has answered (a page)")
+
+
+def check_key(key: str, metadata: Mapping[str, str]) -> None:
+    """Require that an object does not say that it is another.
+
+    :raises BodyError: when somebody has swapped two.
+    """
+    found = metadata.get("zodb-key", key)
+    if found != key:
+        raise BodyError(IntegrityError, f"key is {found!r}, expected {key!r}")
+
+
 def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: float) -> int:
     """Write the body of an answer to get_object to a file and verify it.
 
@@ -98,13 +120,16 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: floa
     size = 0
     with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
         check_origin(answer)
+        expected = answer.get("ContentLength")
         while piece := read_piece(body, CHUNK):
             digest.update(piece)
             _write_all(file, piece)
             size += len(piece)
+            if expected is not None and size > expected:
+                raise BodyError(IntegrityError, f"more than {expected} bytes came")
             if time.monotonic() > deadline + size / SLOWEST_RATE:
                 raise BodyError(TransientS3Error, f"only {size} bytes came in time")
-        check_end(size, answer.get("ContentLength", size))
+        check_end(size, size if expected is None else expected)
     verify(key, answer, size, digest.hexdigest())
     return size
 
@@ -166,7 +191,7 @@ def verify(key: str, answer: Mapping[str, Any], size: int, digest: str) -> None:
         ("length", str(answer.get("ContentLength", size)), str(size)),
         ("stored length", metadata.get("zodb-size", str(size)), str(size)),
         ("SHA-256", metadata.get("zodb-sha256", digest), digest),
-        ("key", metadata.get("zodb-key", key), key),
     ):
         if expected != found:
-            raise BodyError(IntegrityError, f"{what} is {found}, expected {expected}")
+            raise BodyError(IntegrityError, f"{what} is {found!r}, expected {expected!r}")
+    check_key(key, metadata)

@@ -18,6 +18,8 @@ from .interfaces import IS3Client
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .s3body import CancellableBody
+from .s3body import check_key
+from .s3body import check_not_a_page
 from .s3body import check_origin
 from .s3body import describe_bytes
 from .s3body import describe_file
@@ -100,6 +102,8 @@ class S3Client(S3Reader):
         max_pause: float = LONGEST_PAUSE,
     ) -> None:
         bucket_name, prefix = values.bucket_name(bucket_name), values.key_prefix(prefix)
+        if ca_bundle is not None and not (isinstance(ca_bundle, str) and ca_bundle):
+            raise ValueError(f"ca_bundle is the path of a file, not {ca_bundle!r}")
         for url in (endpoint_url, public_endpoint_url):
             if url is not None:
                 values.endpoint_url(url)
@@ -165,6 +169,7 @@ class S3Client(S3Reader):
             create_bucket,
             region_name,
         )
+        self.uses_kms = (sse or "").startswith("aws:kms")
 
     def __repr__(self) -> str:
         return f"<S3Client bucket={self.bucket_name!r} prefix={self.prefix!r}>"
@@ -257,6 +262,8 @@ class S3Client(S3Reader):
         # The copied metadata would go on naming the source.
         metadata = metadata_of(head)
         if "zodb-key" in metadata:
+            with self._translated("copy", source_key, "s3:GetObject"):
+                check_key(source_key, metadata)
             metadata["zodb-key"] = target_key
         extra = {"Metadata": metadata, "MetadataDirective": "REPLACE", **self._write_args}
         for name, value in self._read_args.items():
@@ -272,8 +279,14 @@ class S3Client(S3Reader):
 
     def delete_object(self, s3_key: str) -> None:
         """Delete an object; deleting an absent one succeeds."""
+        from botocore.exceptions import ClientError
+
         with self._translated("delete", s3_key, "s3:DeleteObject"):
-            self._try(self._request, "delete_object", s3_key)
+            try:
+                check_not_a_page(self._try(self._request, "delete_object", s3_key))
+            except ClientError as error:
+                if code_of(error) != "NoSuchKey":  # as GCS answers
+                    raise
 
     def delete_objects(self, s3_keys: Iterable[str]) -> dict[str, str]:
         """Delete many objects, in batches where the server can.
@@ -317,8 +330,10 @@ class S3Client(S3Reader):
                 elif code_of(error) not in NO_BATCH_DELETE_CODES and status_of(error) != 501:
                     raise
                 return None
+            check_not_a_page(answer)
         # A server may answer 200 and refuse single keys.
         return {
             error.get("Key", "").removeprefix(self._full_prefix): error.get("Code", "unknown")
             for error in answer.get("Errors", ())
+            if error.get("Code") != "NoSuchKey"
         }

@@ -6,6 +6,7 @@ are made from its code and status alone.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import re
 from typing import Any
 
 from .breaker import NotTried
@@ -20,32 +21,95 @@ INTEGRITY_CODES = frozenset({
     "BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch",
 })  # fmt: skip
 NO_BATCH_DELETE_CODES = frozenset({
-    "InvalidArgument", "InvalidRequest", "MalformedXML", "MethodNotAllowed", "MissingContentMD5",
-    "NotImplemented",
+    "InvalidArgument", "InvalidRequest", "MalformedXML", "MethodNotAllowed", "MissingContentLength",
+    "MissingContentMD5", "NotImplemented",
 })  # fmt: skip
+# The credentials were valid once: a new session may have better ones.
+RENEWAL_CODES = frozenset(
+    {"ExpiredToken", "InvalidToken", "InvalidTokenId", "TokenRefreshRequired"}
+)
 _TRANSIENT_CODES = frozenset({
-    "BandwidthLimitExceeded", "ConditionalRequestConflict", "ExpiredToken", "IncompleteBody",
-    "InternalError", "OperationAborted", "RequestThrottled", "RequestTimeout",
-    "ServiceUnavailable", "SlowDown",
-    "Throttling", "ThrottlingException", "TooManyRequests",
+    "BandwidthLimitExceeded", "ClientDisconnect", "ClientDisconnected",
+    "ConditionalRequestConflict", "ExpiredToken", "IDPCommunicationError", "IncompleteBody",
+    "InternalError", "KMS.ThrottlingException", "OperationAborted", "RequestThrottled",
+    "RequestThrottledException", "RequestTimeout", "RequestTimeoutException", "ServiceUnavailable",
+    "SlowDown", "ThrottledException", "Throttling", "ThrottlingException", "TokenRefreshRequired",
+    "TooManyRequests", "TooManyRequestsException",
+    # The parts are gone: the next try uploads them anew.
+    "InvalidPart", "NoSuchUpload",
+    # While the name of a new bucket spreads
+    "Redirect", "TemporaryRedirect",
 })  # fmt: skip
-_REGION = "set s3-region to the bucket's region"
+# Errors of a server that do not go away by themselves: not implemented, disks full.
+_LASTING_STATUSES = (501, 505, 507)
+_ACCOUNT = "see to the account at the provider"
+_CREDENTIALS = "check the credentials: s3-access-key and s3-secret-key, the profile or the role"
+_CLOCK = "set this host's clock"
+_ELSEWHERE = "something sends on to another address: check s3-endpoint-url, http or https"
+_FULL = "the server's disks are full"
+_KMS = "check s3-sse-kms-key-id, and that the key exists and is enabled"
+_QUOTA = "the bucket's or user's quota is used up"
+_REGION = "set s3-region to the bucket's region, and s3-endpoint-url to that region's"
+_SIZE = "the server takes no request of that size: set s3-multipart-threshold lower"
+_SSE = "check s3-sse, s3-sse-kms-key-id, s3-sse-customer-key and s3-storage-class"
 _REMEDIES = {
+    "301": _ELSEWHERE,
+    "302": _ELSEWHERE,
+    "307": _ELSEWHERE,
+    "308": _ELSEWHERE,
+    "401": _CREDENTIALS,
+    "405": "no S3 server has answered: check s3-endpoint-url",
+    "413": _SIZE,
+    "AccessDenied": "grant {permission}",
+    "AccountProblem": _ACCOUNT,
+    "AllAccessDisabled": _ACCOUNT,
+    "AuthorizationHeaderMalformed": _REGION,
+    "EntityTooLarge": _SIZE,
+    "EntityTooSmall": "the server wants larger parts: set s3-multipart-part-size higher",
+    "IllegalLocationConstraintException": _REGION,
+    "InsufficientQuota": _QUOTA,
+    "InsufficientStorage": _FULL,
+    "InvalidAccessKeyId": "check s3-access-key",
+    "InvalidArgument": _SSE,
+    "InvalidBucketName": "check bucket-name",
+    "InvalidEncryptionAlgorithmError": _SSE,
+    "InvalidLocationConstraint": _REGION,
+    "InvalidObjectState": "the object is archived: restore it, and set s3-storage-class",
+    "InvalidPayer": _ACCOUNT,
+    "InvalidRequest": _SSE,
+    "InvalidSecurity": _CREDENTIALS,
+    "InvalidStorageClass": "check s3-storage-class",
+    "InvalidToken": _CREDENTIALS,
+    "InvalidTokenId": _CREDENTIALS,
+    "InvalidURI": "check s3-prefix",
+    "KMS.DisabledException": _KMS,
+    "KMS.InvalidKeyUsageException": _KMS,
+    "KMS.KMSInvalidStateException": _KMS,
+    "KMS.NotFoundException": _KMS,
+    "KeyTooLong": "set a shorter s3-prefix",
+    "KeyTooLongError": "set a shorter s3-prefix",
+    "MethodNotAllowed": "no S3 server has answered: check s3-endpoint-url",
+    "MissingContentLength": "set s3-checksum to when_required",
     "NoSuchBucket": "check bucket-name and s3-endpoint-url; create the bucket, or set"
     " s3-create-bucket",
-    "InvalidBucketName": "check bucket-name",
-    "InvalidStorageClass": "check s3-storage-class",
-    "AccessDenied": "the object is denied or missing: grant {permission}, and s3:ListBucket so"
-    " that a missing object is told apart from a denied one",
-    "InvalidAccessKeyId": "check s3-access-key",
-    "SignatureDoesNotMatch": "check s3-secret-key",
-    "RequestTimeTooSkewed": "set this host's clock",
-    "InvalidObjectState": "the object is archived: restore it, and set s3-storage-class",
-    "QuotaExceeded": "the bucket's or user's quota is used up",
+    "NotEntitled": _ACCOUNT,
+    "NotImplemented": "the server lacks something that is asked of it: set s3-checksum to"
+    " when_required, and check s3-sse and s3-storage-class",
+    "NotSignedUp": _ACCOUNT,
     "PermanentRedirect": _REGION,
-    "AuthorizationHeaderMalformed": _REGION,
-    "IllegalLocationConstraintException": _REGION,
+    "QuotaExceeded": _QUOTA,
+    "RequestExpired": _CLOCK,
+    "RequestTimeTooSkewed": _CLOCK,
+    "SignatureDoesNotMatch": "check s3-secret-key",
+    "Unauthorized": _CREDENTIALS,
+    "UserSuspended": "the user is suspended: " + _ACCOUNT,
+    "XMinioAdminBucketQuotaExceeded": _QUOTA,
+    "XMinioStorageFull": _FULL,
 }
+_READING = ("copy", "download", "head", "read", "verify")
+# What a server may say in a message of ours: it stands in logs and on pages.
+_CODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DATE = re.compile(r"[A-Za-z0-9 ,:+-]{1,40}")
 
 
 class BodyError(Exception):
@@ -95,6 +159,10 @@ def translated(operation: str, key: str, permission: str) -> Iterator[None]:
         raise _from_answer(error, operation, key, permission) from error
     except BotoCoreError as error:
         raise _from_botocore(error, operation, key) from error
+    except (KeyError, ValueError) as error:
+        # Boto3 takes the form of numbers for granted, and so do we.
+        reason = f"the answer cannot be read ({type(error).__name__})"
+        raise make_error(TransientS3Error, operation, key, reason) from error
 
 
 def was_silent(error: S3OperationError) -> bool:
@@ -106,22 +174,40 @@ def was_silent(error: S3OperationError) -> bool:
 
 
 def _from_answer(error: Any, operation: str, key: str, permission: str) -> S3OperationError:
-    code, status = code_of(error), status_of(error)
-    if code in ("NoSuchKey", "NotFound"):
+    status = status_of(error)
+    code = _quote(_CODE, code_of(error) or str(status))
+    if code == "NoSuchKey":
         return make_error(MissingObjectError, operation, key, "no such object")
     if code in INTEGRITY_CODES:
         return make_error(IntegrityError, operation, key, f"other bytes arrived ({code})")
-    if code in _TRANSIENT_CODES or (status >= 500 and status != 501) or status in (408, 429):
+    if code in _TRANSIENT_CODES or _is_transient(status):
         return make_error(TransientS3Error, operation, key, f"the server answered {status} {code}")
+    if error.operation_name.startswith("AssumeRole"):
+        reason = f"the role was refused ({status} {code}); check it, and who may assume it"
+        return make_error(PermanentS3Error, operation, key, reason)
     if code in ("403", "Forbidden"):
-        code = "AccessDenied"  # HEAD answers without a body: its code is the number
+        code = "AccessDenied"
     remedy = _REMEDIES.get(code, "see the server's documentation").format(permission=permission)
-    if region := error.response.get("Error", {}).get("Region"):
-        remedy += f" ({region})"
-    if code == "RequestTimeTooSkewed":
-        date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-        remedy += f" (the server's is {date})"
+    if code == "AccessDenied" and operation in _READING:
+        remedy = (
+            f"the object is denied or missing: {remedy}, and s3:ListBucket so that a missing object"
+            " is told apart from a denied one"
+        )
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if _REMEDIES.get(code) == _REGION:
+        region = error.response["Error"].get("Region") or headers.get("x-amz-bucket-region", "")
+        remedy += f" ({_quote(_CODE, region)})"
+    if _REMEDIES.get(code) == _CLOCK:
+        remedy += f" (the server's is {_quote(_DATE, headers.get('date', ''))})"
     return make_error(PermanentS3Error, operation, key, f"{status} {code}; {remedy}")
+
+
+def _quote(form: "re.Pattern[str]", text: str) -> str:
+    return text if form.fullmatch(text) else "unknown"
+
+
+def _is_transient(status: int) -> bool:
+    return (status >= 500 and status not in _LASTING_STATUSES) or status in (408, 429)
 
 
 def _from_botocore(error: Any, operation: str, key: str) -> S3OperationError:

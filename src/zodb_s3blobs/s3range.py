@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .interfaces import IntegrityError
 from .interfaces import TransientS3Error
+from .s3body import check_key
 from .s3body import check_origin
 from .s3body import metadata_of
 from .s3body import read_piece
@@ -63,12 +64,10 @@ def open_answer(key: str, answer: Mapping[str, Any], start: int) -> Opened:
             raise BodyError(IntegrityError, f"the answer has {found}, expected bytes from {start}")
         size = int(match[2])
     metadata = metadata_of(answer)
-    for what, expected, found in (
-        ("stored length", metadata.get("zodb-size", str(size)), str(size)),
-        ("key", metadata.get("zodb-key", key), key),
-    ):
-        if expected != found:
-            raise BodyError(IntegrityError, f"{what} is {found}, expected {expected}")
+    stored = metadata.get("zodb-size", str(size))
+    if stored != str(size):
+        raise BodyError(IntegrityError, f"stored length is {stored!r}, expected '{size}'")
+    check_key(key, metadata)
     if "ContentRange" not in answer:
         _skip(body, min(start, size))
     return Opened(body, size)

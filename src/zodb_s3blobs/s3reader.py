@@ -18,12 +18,14 @@ from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
+from .s3body import check_origin
 from .s3body import digest_of
 from .s3body import receive
 from .s3body import verify
 from .s3errors import BodyError
 from .s3errors import code_of
 from .s3errors import make_error
+from .s3errors import RENEWAL_CODES
 from .s3errors import status_of
 from .s3errors import translated
 from .s3errors import was_silent
@@ -78,6 +80,7 @@ class S3Reader:
         self._read_timeout = read_timeout
         self._create_bucket = create_bucket
         self._region_name = region_name
+        self.uses_kms = False
 
     def download_file(self, s3_key: str, local_path: str) -> None:
         """Write an object's bytes to a file: one GET, verified by length and digest."""
@@ -152,7 +155,11 @@ class S3Reader:
 
         :raises MissingObjectError: when the bucket has no such object.
         """
-        size: int = self._head_of_existing("head", s3_key)["ContentLength"]
+        head = self._head_of_existing("head", s3_key)
+        with self._translated("head", s3_key, "s3:GetObject"):
+            size: int = head["ContentLength"]
+            if size < 0:
+                raise ValueError("a negative length")
         return size
 
     def verify_file(self, s3_key: str, local_path: str) -> None:
@@ -214,13 +221,32 @@ class S3Reader:
     def head_object(self, s3_key: str) -> Mapping[str, Any] | None:
         """Return a mapping with at least ContentLength, None when absent."""
         with self._translated("head", s3_key, "s3:GetObject"):
-            try:
-                answer: Mapping[str, Any] = self._request("head_object", s3_key, self._read_args)
-            except Exception as error:
-                if status_of(error) == 404:
-                    return None
-                raise
+            answer = self._head(s3_key)
+            if answer is not None:
+                check_origin(answer)
             return answer
+
+    def _head(self, s3_key: str) -> Mapping[str, Any] | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            answer: Mapping[str, Any] = self._request("head_object", s3_key, self._read_args)
+        except ClientError as error:
+            if status_of(error) == 404:
+                return None
+            if status_of(error) >= 500:
+                raise
+        else:
+            return answer
+        # The answer has no body that says why; that to GET has one.
+        try:
+            answer = self._try(self._request, "get_object", s3_key, self._read_args)
+        except ClientError as error:
+            if code_of(error) == "NoSuchKey":
+                return None
+            raise
+        answer["Body"].close()
+        return answer
 
     def list_objects(self, prefix: str) -> Iterator[str]:
         """Iterate lazily over the keys that begin with a prefix."""
@@ -234,25 +260,31 @@ class S3Reader:
         while True:
             with self._translated("list", prefix, "s3:ListBucket"):
                 answer = self._try(self._list, prefix, token)
-            if page := read_page(answer, len(self._full_prefix)):
+                page = read_page(answer, len(self._full_prefix))
+            if page:
                 yield page
             if not answer.get("IsTruncated"):
                 return
             if not (following := answer.get("NextContinuationToken")):
                 raise make_error(PermanentS3Error, "list", prefix, "it ends without its rest")
+            if following == token.get("ContinuationToken"):
+                raise make_error(PermanentS3Error, "list", prefix, "it goes in circles")
             token = {"ContinuationToken": following}
 
     def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
         from botocore.exceptions import ClientError
 
         try:
-            return self._session.client().list_objects_v2(
+            answer = self._session.client().list_objects_v2(
                 Bucket=self.bucket_name, Prefix=self._full_prefix + prefix, **token
             )
         except ClientError as error:
             if self._create_bucket and code_of(error) == "NoSuchBucket":
                 return {}  # it comes with the first upload
             raise
+        if "IsTruncated" not in answer:
+            raise BodyError(TransientS3Error, "something else than S3 has answered (no listing)")
+        return answer
 
     # Edges
 
@@ -268,6 +300,8 @@ class S3Reader:
     def _permission(self, permission: str) -> str:
         if self._read_args:
             permission += " (SSE-C: check the key; AWS refuses SSE-C on new buckets, not s3-sse)"
+        if self.uses_kms:
+            permission += " (and kms:GenerateDataKey and kms:Decrypt on the key of s3-sse)"
         return permission
 
     @contextmanager
@@ -296,7 +330,7 @@ class S3Reader:
         try:
             return call(*args)
         except ClientError as error:
-            if code_of(error) == "ExpiredToken":
+            if code_of(error) in RENEWAL_CODES:
                 # A role's credentials failed to refresh; a new session asks for new ones.
                 self._session.renew()
             elif code_of(error) == "NoSuchBucket" and may_create and self._create_bucket:

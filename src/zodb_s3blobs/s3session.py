@@ -18,8 +18,13 @@ from urllib.parse import urlsplit
 from . import values
 from .breaker import Breaker
 from .interfaces import PermanentS3Error
+from .s3body import check_origin
+from .s3errors import INTEGRITY_CODES
+from .s3errors import RENEWAL_CODES
 from .stats import ClientCounters
 
+
+logger = logging.getLogger(__name__)
 
 # Creating clients is not thread-safe in boto3, not even in different sessions.
 _creating = threading.Lock()
@@ -29,6 +34,7 @@ _loader: Any = None
 
 # Parts that are under way at the same time, of all large blobs together.
 PARTS_AT_ONCE = 4
+PART_ATTEMPTS = 3
 
 
 class _Made:
@@ -120,6 +126,7 @@ class S3Session:
     def _create(self) -> "_Made":
         import boto3
         import botocore.config
+        from botocore.exceptions import NoCredentialsError
         import botocore.session
         import s3transfer.manager
 
@@ -132,6 +139,9 @@ class S3Session:
         # Dates stay text, as in the AWS CLI: parsing those of a listing takes most of its time.
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
         boto3_session = boto3.Session(botocore_session=session, **self._session_options)
+        if boto3_session.get_credentials() is None:
+            # Not a client that has none for ever: the next request looks for them again.
+            raise NoCredentialsError
         options = {"config": botocore.config.Config(**self._config_options), **self._client_options}
         client = boto3_session.client("s3", **options)
         # boto3 may have found the endpoint in the environment.
@@ -143,6 +153,11 @@ class S3Session:
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
         client.meta.events.register("request-created.s3", self._before_request)
         client.meta.events.register_first("needs-retry.s3", self._after_answer)
+        client.meta.events.register("needs-retry.s3.UploadPart", _retry_part)
+        client.meta.events.register("after-call.s3.CompleteMultipartUpload", _check_completion)
+        client.meta.events.register("after-call.s3.CopyObject", _check_copy)
+        client.meta.events.register("after-call.s3.AbortMultipartUpload", _tell_what_stays)
+        client.meta.events.register_last("before-parameter-build.s3", _ask_for_region_once)
         if self._config_options["request_checksum_calculation"] == "when_required":
             client.meta.events.register("choose-signer.s3.PutObject", _choose_signer)
         config = s3transfer.manager.TransferConfig(
@@ -164,10 +179,10 @@ class S3Session:
         if on_aws and style == "auto" and ".vpce." not in host:
             # With "auto" boto3 signs for the global host, which newer regions do not answer at.
             style = self._aws_signing_style
-            if self._region is not None:
-                options = {**options, "region_name": self._region}
-        elif not self._public_endpoint_url:
+        elif not self._public_endpoint_url and self._region is None:
             return client
+        if self._region is not None:
+            options = {**options, "region_name": self._region}
         config = botocore.config.Config(
             **{**self._config_options, "s3": {"addressing_style": style}}
         )
@@ -181,14 +196,14 @@ class S3Session:
         answer = response[1].get("ResponseMetadata", {})
         if answer.get("HTTPStatusCode", 500) < 500:
             self._breaker.answered()
-        self._learn_region(answer.get("HTTPHeaders", {}))
+        told = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region")
+        self._learn_region(told or response[1].get("Error", {}).get("Region"))
 
-    def _learn_region(self, headers: Mapping[str, str]) -> None:
+    def _learn_region(self, region: str | None) -> None:
         """Take note of the bucket's region, which AWS tells whoever asks in another one.
 
         Then boto3 asks there. To sign a URL for the wrong one would be noticed by a browser only.
         """
-        region = headers.get("x-amz-bucket-region")
         if region and region != self._region and self._made is not None:
             self._region = region
             self._made[1].forget_signer()
@@ -231,6 +246,37 @@ def _send_small_at_once(params: dict[str, Any], **kwargs: Any) -> None:
     # boto3 makes a file of bytes, and asks the server before it sends a file: one more round trip.
     if isinstance(params.get("body"), io.BytesIO):
         params["headers"].pop("Expect", None)
+
+
+def _ask_for_region_once(model: Any, context: dict[str, Any], **kwargs: Any) -> None:
+    # boto3 asks by HeadBucket where a server sends on without a region; and when that is sent on,
+    # too, it would ask again, until Python's stack ends.
+    if model.name == "HeadBucket":
+        context["s3_redirect"]["redirected"] = True
+
+
+def _check_completion(http_response: Any, parsed: Mapping[str, Any], **kwargs: Any) -> None:
+    if http_response.status_code < 300:
+        check_origin(parsed)
+
+
+def _check_copy(http_response: Any, parsed: Mapping[str, Any], **kwargs: Any) -> None:
+    if http_response.status_code < 300:
+        check_origin(parsed.get("CopyObjectResult", {}))
+
+
+def _tell_what_stays(http_response: Any, parsed: Mapping[str, Any], **kwargs: Any) -> None:
+    # S3transfer tells it at the level debug.
+    if http_response.status_code >= 300 and http_response.status_code != 404:
+        logger.warning("parts of an upload stay status=%d", http_response.status_code)
+
+
+def _retry_part(response: Any, attempts: int, **kwargs: Any) -> float | None:
+    # Seen at Hetzner now and then: UploadPart answers 400.
+    if response is None or attempts >= PART_ATTEMPTS or response[0].status_code != 400:
+        return None
+    code = response[1].get("Error", {}).get("Code")
+    return None if code in INTEGRITY_CODES or code in RENEWAL_CODES else 0.1 * attempts
 
 
 def _choose_signer(**kwargs: Any) -> Any:

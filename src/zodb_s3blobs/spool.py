@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from zope.interface import implementer
 
+from .directories import make_private
 from .interfaces import IBlobSource
 from .keys import parse_key
 from .keys import PREFIX
@@ -78,9 +79,7 @@ class Spool:
         self.directory = os.path.abspath(directory)
         self.takes_commits = takes_commits
         self._blobs = os.path.join(self.directory, "blobs")
-        # One by one: the mode is that of the last directory alone.
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        os.makedirs(self._blobs, mode=0o700, exist_ok=True)
+        make_private(self._blobs)
         _sync_directory(os.path.dirname(self.directory))
         place = "\n".join(place) + "\n"
         # As long as it is locked, nobody makes it another bucket's.

@@ -37,6 +37,7 @@ from .bases import base_of
 from .callers import loads_object
 from .commit import TransactionBlobs
 from .copying import copy_transactions
+from .directories import make_private
 from .draining import DrainReport
 from .draining import SpoolUploader
 from .garbage import Sweeper
@@ -120,7 +121,7 @@ class S3BlobStorage:
             temporary_file = partial(new_path, temp_dir)
         base = base_of(base_storage, addressing, temp_dir)
         blobpatch.install()
-        os.makedirs(temp_dir, mode=0o700, exist_ok=True)
+        make_private(temp_dir)
         counters = ReadCounters()
         loader = BlobLoader(cache, s3_client, [*sources, *base.sources], counters, spool)
         open_keys = OpenKeys()
@@ -497,7 +498,7 @@ class S3BlobStorage:
         """Return the directory for uncommitted files; it outlives close()."""
         temp_dir: str = self.fshelper.temp_dir
         # Who empties a cache by hand takes it away, too.
-        os.makedirs(temp_dir, mode=0o700, exist_ok=True)
+        make_private(temp_dir)
         return temp_dir
 
     # Maintenance

@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 
+from .directories import make_private
 from .interfaces import DISK_FULL
 
 
@@ -123,7 +124,7 @@ class TempDirectory:
         if self._is_among_others:
             _make_directory(self._parent)
         else:
-            os.makedirs(self._parent, mode=0o700, exist_ok=True)
+            make_private(self._parent)
         self._refuse_others()
         # Before the directory is there: without a lock it would be a dead process's.
         file = _locked_file(f"{self.path}.lock")
