@@ -241,6 +241,7 @@ class TransactionBlobs:
     def finish(self, tid: bytes) -> None:
         """Move the staged files into the cache, after the base has finished; never raises."""
         self.phase = Phase.ENDED
+        self._blobs.upload_late()
         staged = [
             (blob.oid, blob.tid or tid, path, blob.reservation)
             for blob, path in self._blobs.staged()

@@ -14,6 +14,7 @@ from persistent.timestamp import TimeStamp
 from .basecontract import Base
 from .basecontract import Read
 from .basecontract import Snapshot
+from .forks import begin_in_children
 from .interfaces import ListedObject
 from .interfaces import OtherDatabaseError
 from .interfaces import PermanentS3Error
@@ -68,8 +69,10 @@ class _Entry:
 
     @property
     def time(self) -> bytes:
-        """When the object was uploaded, as a tid."""
-        return self.name[:TID_SIZE]
+        """When the object was uploaded, as a tid, by the clock that was behind the other."""
+        moment = time.gmtime(self.listed.modified)
+        by_server: bytes = TimeStamp(*moment[:5], float(moment.tm_sec)).raw()
+        return min(self.name[:TID_SIZE], by_server)
 
 
 class Sweeper:
@@ -96,6 +99,11 @@ class Sweeper:
         self._read = read
         self._grace = grace
         self._clock = clock
+        self.begin()
+        begin_in_children(self)
+
+    def begin(self) -> None:
+        """Forget a sweep that runs: a child has none of its parent's threads."""
         self._one_at_a_time = threading.Lock()
 
     def sweep(self, dry_run: bool) -> SweepReport:

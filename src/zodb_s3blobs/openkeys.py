@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import threading
 
+from .forks import begin_in_children
 from .interfaces import TransientS3Error
 
 
@@ -20,9 +21,14 @@ class OpenKeys:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
         # Guarded by _changed: both sets.
         self._open: set[str] = set()
+        self.begin()
+        begin_in_children(self)
+
+    def begin(self) -> None:
+        """Forget the deletions; a child has none of its parent's threads."""
+        self._changed = threading.Condition()
         self._deleting: set[str] = set()
 
     def add(self, key: str) -> None:

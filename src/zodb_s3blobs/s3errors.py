@@ -6,7 +6,9 @@ are made from its code and status alone.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 import re
+import time
 from typing import Any
 
 from .breaker import NotTried
@@ -106,6 +108,8 @@ _REMEDIES = {
     "XMinioAdminBucketQuotaExceeded": _QUOTA,
     "XMinioStorageFull": _FULL,
 }
+# Seconds; S3 refuses a signature that is older.
+LARGEST_SKEW = 900
 _READING = ("copy", "download", "head", "read", "verify")
 # What a server may say in a message of ours: it stands in logs and on pages.
 _CODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -197,13 +201,24 @@ def _from_answer(error: Any, operation: str, key: str, permission: str) -> S3Ope
     if _REMEDIES.get(code) == _REGION:
         region = error.response["Error"].get("Region") or headers.get("x-amz-bucket-region", "")
         remedy += f" ({_quote(_CODE, region)})"
-    if _REMEDIES.get(code) == _CLOCK:
+    if code == "AccessDenied" and _is_wrong(headers.get("date", "")):
+        remedy = f"{_CLOCK}, or else {remedy}"
+    if _CLOCK in remedy:
         remedy += f" (the server's is {_quote(_DATE, headers.get('date', ''))})"
     return make_error(PermanentS3Error, operation, key, f"{status} {code}; {remedy}")
 
 
 def _quote(form: "re.Pattern[str]", text: str) -> str:
     return text if form.fullmatch(text) else "unknown"
+
+
+def _is_wrong(date: str) -> bool:
+    """Tell whether a date is so far from this host's clock that servers refuse signatures."""
+    try:
+        there = parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return False
+    return abs(there - time.time()) > LARGEST_SKEW
 
 
 def _is_transient(status: int) -> bool:

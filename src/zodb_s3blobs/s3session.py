@@ -222,7 +222,8 @@ class S3Session:
         with _creating:
             made, self._made = self._made, None
         if made is not None and made[0] == os.getpid():
-            made[1].transfers.shutdown()
+            # Uploads have ended; what s3transfer has refused to begin at exit would never end.
+            made[1].transfers.shutdown(cancel=True)
             made[1].client.close()
 
 

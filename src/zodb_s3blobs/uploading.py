@@ -217,6 +217,24 @@ class BlobUploads:
         age = max(after - before for before, after in zip(blob.since, now, strict=True))
         return age / self._services.grace
 
+    def upload_late(self) -> None:
+        """Upload once more what a sweep may have taken for garbage, as the end took so long.
+
+        That is rare: a process that was stopped between its last look at the clock and the end of
+        the base's finish. Never raises.
+        """
+        for blob, path in self.staged():
+            if self.age(blob) < 1:
+                continue
+            try:
+                logger.critical("committed after gc-grace, and uploaded again key=%s", blob.key)
+                self._services.client.upload_file(path, blob.key)
+            except Exception:
+                # Whatever it is, the transaction is committed, and the file goes into the cache.
+                logger.exception(
+                    "committed after gc-grace, and not uploaded again key=%s", blob.key
+                )
+
     # The spool
 
     def _spool(self, error: TransientS3Error) -> None:
