@@ -42,8 +42,8 @@ class Breaker:
         self.answers = 0
 
     def is_open(self) -> bool:
-        """Tell whether a request would fail at once."""
-        return bool(self._pause) and self._clock() < self._until
+        """Tell whether S3 is known not to answer, be it in a pause or after one."""
+        return bool(self._pause)
 
     def check(self) -> None:
         """Let a request pass, or not.

@@ -149,6 +149,9 @@ class Secret:
     def __repr__(self) -> str:
         return "(secret)"
 
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
     def reveal(self) -> str:
         """Return the text."""
         return self._text
@@ -217,14 +220,16 @@ class S3BlobStorageFactory(BaseConfig):
             opened.callback(base.close)
             # Refuses before anything is made on disk.
             database = base_of(base, config.addressing).database()
+            place = (config.s3_endpoint_url or "AWS", config.bucket_name, config.s3_prefix)
+            _refuse_two_databases(place, database)
             cache = S3BlobCache(config.cache_dir, config.cache_size)
             opened.callback(cache.close)
             sources = [source.open() for source in config.sources]
             pool = UploadPool(config.upload_concurrency)
-            place = (config.s3_endpoint_url or "AWS", config.bucket_name, config.s3_prefix)
             spool = None
             if config.spool_dir:
                 spool = Spool(config.spool_dir, place, config.on_upload_failure == "spool")
+                opened.callback(spool.close)
             storage = S3BlobStorage(
                 base,
                 self._client(),
@@ -235,7 +240,7 @@ class S3BlobStorageFactory(BaseConfig):
                 gc_grace=config.gc_grace,
                 spool=spool,
             )
-            _refuse_two_databases(place, database, storage)
+            _places[place] = database, weakref.ref(storage)
             opened.pop_all()
         return storage
 
@@ -276,9 +281,7 @@ def _revealed(secret: Secret | None) -> str | None:
 _places: dict[tuple[str, str, str], tuple[str, "weakref.ref[S3BlobStorage]"]] = {}
 
 
-def _refuse_two_databases(
-    place: tuple[str, str, str], database: str, storage: S3BlobStorage
-) -> None:
+def _refuse_two_databases(place: tuple[str, str, str], database: str) -> None:
     """Refuse a second database under a prefix: each would pack away what is the other's."""
     name, reference = _places.get(place, (database, None))
     other = reference() if reference else None
@@ -287,7 +290,6 @@ def _refuse_two_databases(
             f"{name} has bucket {place[1]!r} and s3-prefix {place[2]!r} already;"
             f" give {database} an s3-prefix of its own"
         )
-    _places[place] = database, weakref.ref(storage)
 
 
 def _check_directories(section: Any) -> None:

@@ -5,7 +5,6 @@ from enum import Enum
 from functools import partial
 from itertools import islice
 import logging
-import os
 import threading
 from typing import Any
 
@@ -30,6 +29,9 @@ BUSY_PAUSE = 5.0
 IDLE_PAUSE = 60.0
 # Commits use the same pool.
 AT_ONCE = 4
+# Transient failures in a row that end a look at the spool; while S3 is known to be down they take
+# no time.
+PATIENCE = 3
 CLOSE_TIMEOUT = 30.0
 
 
@@ -89,18 +91,38 @@ class SpoolUploader:
     def begin(self) -> None:
         """Begin without a thread."""
         self._one_at_a_time = threading.Lock()
+        self._starting = threading.Lock()
         self._wanted = threading.Event()
         self._is_closed = False
         self._thread: threading.Thread | None = None
         self._running: list[Upload] = []
+        # Keys of what is in the bucket and could not be removed here.
+        self._uploaded: set[str] = set()
 
     def wake(self) -> None:
         """Look into the spool soon, in a thread that goes on with that until `close`."""
         self._wanted.set()
-        if self._spool is not None and self._thread is None and not self._is_closed:
-            name = "zodb-s3blobs-spool"
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._thread.start()
+        self.ensure_running()
+
+    def ensure_running(self) -> None:
+        """Have the thread, which a forked child has not got from its parent."""
+        if self._spool is None or self._thread is not None:
+            return
+        with self._starting:
+            if self._thread is None and not self._is_closed:
+                name = "zodb-s3blobs-spool"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+
+    def forget(self, key: str) -> None:
+        """Remove the blob of a transaction that did not commit: its tid was given out again.
+
+        A FileStorage does that when it was killed and its clock is behind, and a MappingStorage.
+        """
+        if self._spool is not None and self._spool.find(key) is not None:
+            # Not while it is uploaded, or it would come after what is stored now.
+            with self._one_at_a_time:
+                self._spool.remove(key)
 
     def _run(self) -> None:
         told: type[BaseException] | None = None
@@ -125,11 +147,13 @@ class SpoolUploader:
     def drain(self) -> DrainReport:
         """Upload what is there, but for transactions that run and what another process uploads.
 
-        :raises S3OperationError: the first failure; what S3 did not take stays there. One that is
-            transient ends this at once.
+        One that fails does not stop the others, unless several in a row are transient.
+
+        :raises S3OperationError: the first failure; what S3 did not take stays there.
+        :raises OSError: the same, of the disk.
         """
         report = DrainReport()
-        failures: list[S3OperationError] = []
+        failures: list[S3OperationError | OSError] = []
         if self._spool is None:
             return report
         with self._one_at_a_time:
@@ -146,16 +170,18 @@ class SpoolUploader:
         return report
 
     def _drain(
-        self, journal: Journal, report: DrainReport, failures: list[S3OperationError]
+        self, journal: Journal, report: DrainReport, failures: list[S3OperationError | OSError]
     ) -> None:
         entries, kept = iter(journal.entries), 0
         # The first alone: while S3 is down it tries for all.
         while batch := list(islice(entries, AT_ONCE if report.uploaded else 1)):
-            self._running = [self._pool.start(partial(self._upload, entry)) for entry in batch]
+            self._running = [
+                self._pool.start(partial(self._upload, journal, entry)) for entry in batch
+            ]
             for entry, upload in zip(batch, self._running, strict=True):
                 try:
                     kept += not self._take_note(entry, upload.future.result(), journal, report)
-                except S3OperationError as error:
+                except (S3OperationError, OSError) as error:
                     report.failed += 1
                     kept += 1
                     failures.append(error)
@@ -166,13 +192,20 @@ class SpoolUploader:
         if journal.is_damaged:
             logger.error("spool has a damaged journal path=%s", journal.path)
         elif not kept:
-            journal.remove()
+            try:
+                journal.remove()
+            except OSError as error:
+                failures.append(error)
 
-    def _upload(self, entry: SpooledBlob, cancelled: Cancellation) -> _Outcome:
+    def _upload(self, journal: Journal, entry: SpooledBlob, cancelled: Cancellation) -> _Outcome:
         """Upload a blob and remove its file.
 
         :raises S3OperationError: when S3 does not take it.
         """
+        if entry.key in journal.uploaded or entry.key in self._uploaded:
+            journal.note_uploaded(entry)
+            self._uploaded.discard(entry.key)
+            return _Outcome.THERE
         try:
             if not entry.is_intact():
                 return _Outcome.DAMAGED
@@ -182,10 +215,10 @@ class SpoolUploader:
             is_there = self._client.head_object(entry.key) is not None
             return _Outcome.THERE if is_there else _Outcome.GONE
         self.counters.add(spool_uploads=1)
-        try:
-            os.remove(entry.path)
-        except FileNotFoundError:
-            pass  # by another process, or by hand
+        # Where the disk takes no note of it.
+        self._uploaded.add(entry.key)
+        journal.note_uploaded(entry)
+        self._uploaded.discard(entry.key)
         return _Outcome.UPLOADED
 
     def _take_note(
@@ -219,5 +252,6 @@ class SpoolUploader:
             self._spool.close()
 
 
-def _is_down(failures: list[S3OperationError]) -> bool:
-    return any(isinstance(each, TransientS3Error) for each in failures)
+def _is_down(failures: list[S3OperationError | OSError]) -> bool:
+    last = failures[-PATIENCE:]
+    return len(last) == PATIENCE and all(isinstance(each, TransientS3Error) for each in last)

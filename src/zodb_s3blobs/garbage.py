@@ -70,9 +70,15 @@ class _Entry:
     @property
     def time(self) -> bytes:
         """When the object was uploaded, as a tid, by the clock that was behind the other."""
-        moment = time.gmtime(self.listed.modified)
-        by_server: bytes = TimeStamp(*moment[:5], float(moment.tm_sec)).raw()
-        return min(self.name[:TID_SIZE], by_server)
+        by_name = self.name[:TID_SIZE]
+        try:
+            # It was rounded, perhaps.
+            moment = time.gmtime(self.listed.modified + 1)
+            by_server: bytes = TimeStamp(*moment[:5], float(moment.tm_sec)).raw()
+        except (OverflowError, ValueError):
+            return by_name
+        # Without a usable date it is 0.
+        return min(by_name, by_server) if self.listed.modified else by_name
 
 
 class Sweeper:

@@ -137,7 +137,9 @@ class IS3Client(Interface):
         """
 
     def presigned_url(s3_key, expires_in=60, content_type=None, content_disposition=None):
-        """Return a URL by which anybody can GET an object for some seconds; makes no request.
+        """Return a URL by which anybody can GET an object for some seconds.
+
+        Makes no request, but while S3 is known to be down.
 
         :returns: None where objects cannot be read that way.
         :raises TransientS3Error: while S3 is known to be down.

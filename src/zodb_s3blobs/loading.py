@@ -25,6 +25,7 @@ from .interfaces import S3OperationError
 from .keys import blob_key
 from .keys import is_waiting
 from .sections import Section
+from .staged import remove_quietly
 from .stats import ReadCounters
 
 
@@ -247,26 +248,32 @@ class BlobLoader:
             return True
         stamp = find_reference(oid, serial)
         try:
-            return self._ask(
-                oid,
-                serial,
-                stamp,
-                partial(self._compare, path),
-                partial(_same_size, path, oid, serial),
-            )
+            same_size = partial(_same_size, path, oid, serial)
+            if self._ask(oid, serial, stamp, partial(self._compare, path), same_size):
+                return True
+            # The new one is complete, and verified, before the old one goes.
+            arrived = self._cache.temporary_file()
+            try:
+                self._fetch(oid, serial, stamp, arrived)
+                self._cache.discard(oid, serial)
+                self._cache.put(oid, serial, arrived)
+            except BaseException:
+                # Whatever it was, nobody else removes it.
+                remove_quietly(arrived)
+                raise
         except FileNotFoundError:
             return True  # evicted meanwhile
-        except IntegrityError as error:
-            logger.warning("cached file replaced key=%s: %s", error.key, error)
-        # The new one is complete, and verified, before the old one goes.
-        arrived = self._cache.temporary_file()
-        self._fetch(oid, serial, stamp, arrived)
-        self._cache.discard(oid, serial)
-        self._cache.put(oid, serial, arrived)
+        except _SourceFailed as failed:
+            raise failed.error from None
         return False
 
     def _compare(self, path: str, key: str) -> bool:
-        self._client.verify_file(key, path)
+        try:
+            self._client.verify_file(key, path)
+        except IntegrityError as error:
+            # And not one of the bucket, for which a source would be asked.
+            logger.warning("cached file replaced key=%s: %s", key, error)
+            return False
         return True
 
     def locate(self, oid: bytes, serial: bytes, find_reference: FindReference) -> Located:
@@ -359,7 +366,8 @@ def _same_size(path: str, oid: bytes, serial: bytes, source: Any) -> bool | None
     if size is None:
         return None
     if size != os.path.getsize(path):
-        raise IntegrityError(f"{path} has other bytes than its source")
+        logger.warning("cached file replaced path=%s", path)
+        return False
     return True
 
 

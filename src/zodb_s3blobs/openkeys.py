@@ -21,14 +21,14 @@ class OpenKeys:
     """
 
     def __init__(self) -> None:
-        # Guarded by _changed: both sets.
-        self._open: set[str] = set()
         self.begin()
         begin_in_children(self)
 
     def begin(self) -> None:
-        """Forget the deletions; a child has none of its parent's threads."""
+        """Forget all; a child has none of its parent's transactions and sweeps."""
         self._changed = threading.Condition()
+        # Guarded by _changed: both sets.
+        self._open: set[str] = set()
         self._deleting: set[str] = set()
 
     def add(self, key: str) -> None:

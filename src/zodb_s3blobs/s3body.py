@@ -15,6 +15,7 @@ from typing import BinaryIO
 from .cancellation import Cancellation
 from .cancellation import UploadCancelled
 from .interfaces import IntegrityError
+from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 from .s3errors import BodyError
 
@@ -36,6 +37,8 @@ class CancellableBody:
         self._file = file
         self._cancelled = cancelled
         self._deadline = deadline
+        #: what ended the reading, besides a cancellation
+        self.failure: Exception | None = None
         self.seek = file.seek
         self.tell = file.tell
 
@@ -43,8 +46,13 @@ class CancellableBody:
         if self._cancelled:
             raise UploadCancelled
         if time.monotonic() > self._deadline:
-            raise TimeoutError("the server takes the bytes too slowly")
-        return self._file.read(size)
+            self.failure = BodyError(TransientS3Error, "the server takes the bytes too slowly")
+            raise UploadCancelled
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            self.failure = error
+            raise UploadCancelled from None
 
 
 def describe_bytes(key: str, data: bytes) -> dict[str, str]:
@@ -98,6 +106,14 @@ def check_not_a_page(answer: Mapping[str, Any]) -> None:
         raise BodyError(TransientS3Error, "something else than S3 has answered (a page)")
 
 
+_DESCRIBED = {"zodb-key", "zodb-size", "zodb-sha256"}
+
+
+def _kind(found: str, told: str) -> type[S3OperationError]:
+    """Return what it means that an answer tells something else: it may end in the middle of it."""
+    return TransientS3Error if found.startswith(told) else IntegrityError
+
+
 def check_key(key: str, metadata: Mapping[str, str]) -> None:
     """Require that an object does not say that it is another.
 
@@ -105,7 +121,7 @@ def check_key(key: str, metadata: Mapping[str, str]) -> None:
     """
     found = metadata.get("zodb-key", key)
     if found != key:
-        raise BodyError(IntegrityError, f"key is {found!r}, expected {key!r}")
+        raise BodyError(_kind(key, found), f"key is {found!r}, expected {key!r}")
 
 
 def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: float) -> int:
@@ -121,6 +137,9 @@ def receive(key: str, answer: Mapping[str, Any], local_path: str, patience: floa
     with open(local_path, "wb", buffering=0) as file, closing(answer["Body"]) as body:
         check_origin(answer)
         expected = answer.get("ContentLength")
+        if expected is None and not metadata_of(answer).keys() >= _DESCRIBED:
+            # Python takes what comes before the end of a connection for a complete head.
+            raise BodyError(TransientS3Error, "the answer was cut: it tells no length")
         while piece := read_piece(body, CHUNK):
             digest.update(piece)
             _write_all(file, piece)
@@ -193,5 +212,6 @@ def verify(key: str, answer: Mapping[str, Any], size: int, digest: str) -> None:
         ("SHA-256", metadata.get("zodb-sha256", digest), digest),
     ):
         if expected != found:
-            raise BodyError(IntegrityError, f"{what} is {found!r}, expected {expected!r}")
+            kind = _kind(found, expected)
+            raise BodyError(kind, f"{what} is {found!r}, expected {expected!r}")
     check_key(key, metadata)

@@ -210,7 +210,13 @@ class S3Client(S3Reader):
             options = {"Body": body, "Metadata": metadata, **self._write_args}
             check_origin(self._request("put_object", s3_key, options))
 
-        self._try(put, may_create=True)
+        try:
+            self._try(put, may_create=True)
+        except UploadCancelled:
+            # What fails here is no fault of S3's, and boto3 would take it for one.
+            if failure := getattr(body, "failure", None):
+                raise failure from None
+            raise
 
     def _put_parts(
         self,
@@ -243,6 +249,7 @@ class S3Client(S3Reader):
             raise UploadCancelled from None
         except RuntimeError:
             # The interpreter is shutting down: s3transfer's pools take no new work.
+            self._session.has_refused = True
             if size > LARGEST_SINGLE_REQUEST:
                 raise
             return False

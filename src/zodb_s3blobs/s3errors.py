@@ -39,6 +39,8 @@ _TRANSIENT_CODES = frozenset({
     "TooManyRequests", "TooManyRequestsException",
     # The parts are gone: the next try uploads them anew.
     "InvalidPart", "NoSuchUpload",
+    # Cut behind its head, or a page.
+    "404",
     # While the name of a new bucket spreads
     "Redirect", "TemporaryRedirect",
 })  # fmt: skip
@@ -108,6 +110,7 @@ _REMEDIES = {
     "XMinioAdminBucketQuotaExceeded": _QUOTA,
     "XMinioStorageFull": _FULL,
 }
+_HINTS = {"404": " and no reason: check s3-endpoint-url if it goes on"}
 # Seconds; S3 refuses a signature that is older.
 LARGEST_SKEW = 900
 _READING = ("copy", "download", "head", "read", "verify")
@@ -152,6 +155,7 @@ def translated(operation: str, key: str, permission: str) -> Iterator[None]:
     """
     from botocore.exceptions import BotoCoreError
     from botocore.exceptions import ClientError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -163,7 +167,11 @@ def translated(operation: str, key: str, permission: str) -> Iterator[None]:
         raise _from_answer(error, operation, key, permission) from error
     except BotoCoreError as error:
         raise _from_botocore(error, operation, key) from error
-    except (KeyError, ValueError) as error:
+    except HTTPError as error:
+        # Boto3 reads what is no object where it does not expect that.
+        reason = f"the answer was cut ({type(error).__name__})"
+        raise make_error(TransientS3Error, operation, key, reason) from error
+    except (KeyError, OverflowError, ValueError) as error:
         # Boto3 takes the form of numbers for granted, and so do we.
         reason = f"the answer cannot be read ({type(error).__name__})"
         raise make_error(TransientS3Error, operation, key, reason) from error
@@ -185,7 +193,8 @@ def _from_answer(error: Any, operation: str, key: str, permission: str) -> S3Ope
     if code in INTEGRITY_CODES:
         return make_error(IntegrityError, operation, key, f"other bytes arrived ({code})")
     if code in _TRANSIENT_CODES or _is_transient(status):
-        return make_error(TransientS3Error, operation, key, f"the server answered {status} {code}")
+        reason = f"the server answered {status} {code}{_HINTS.get(code, '')}"
+        return make_error(TransientS3Error, operation, key, reason)
     if error.operation_name.startswith("AssumeRole"):
         reason = f"the role was refused ({status} {code}); check it, and who may assume it"
         return make_error(PermanentS3Error, operation, key, reason)
@@ -216,7 +225,7 @@ def _is_wrong(date: str) -> bool:
     """Tell whether a date is so far from this host's clock that servers refuse signatures."""
     try:
         there = parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (OverflowError, TypeError, ValueError):
         return False
     return abs(there - time.time()) > LARGEST_SKEW
 

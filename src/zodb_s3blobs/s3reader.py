@@ -195,7 +195,9 @@ class S3Reader:
         content_type: str | None = None,
         content_disposition: str | None = None,
     ) -> str | None:
-        """Return a URL by which anybody can GET an object for a while; makes no request.
+        """Return a URL by which anybody can GET an object for a while.
+
+        Makes no request, but while S3 is known to be down.
 
         :param int expires_in: seconds.
         :param str content_type: what the answer shall say of itself, as the other one.
@@ -205,7 +207,8 @@ class S3Reader:
         if not self.signs_urls:
             return None
         if self.is_down:
-            raise make_error(TransientS3Error, "sign", s3_key, "S3 does not answer at present")
+            # After a pause somebody must ask whether it answers again.
+            self._head_of_existing("sign", s3_key)
         wanted = {
             "ResponseContentType": content_type,
             "ResponseContentDisposition": content_disposition,

@@ -26,8 +26,9 @@ from .stats import ClientCounters
 
 logger = logging.getLogger(__name__)
 
-# Creating clients is not thread-safe in boto3, not even in different sessions.
-_creating = threading.Lock()
+# Creating clients is not thread-safe in boto3, not even in different sessions. A child that is
+# forked meanwhile would wait for ever for what its parent's thread is importing.
+_creating = threading.RLock()
 # Guarded by _creating: parsing boto's descriptions of services anew takes 50 ms a client.
 _loader: Any = None
 
@@ -96,6 +97,8 @@ class S3Session:
         self._breaker = breaker
         self._public_endpoint_url = public_endpoint_url
         self._aws_signing_style = aws_signing_style
+        #: whether s3transfer could not begin a transfer
+        self.has_refused = False
         # The bucket's, as far as it was told.
         self._region: str | None = None
         # Guarded by _creating: _made, what this process has made and its pid.
@@ -131,6 +134,8 @@ class S3Session:
         import s3transfer.manager
 
         _keep_headers_out_of_logs()
+        # Here, and not with the first connection: a fork waits until this is done.
+        "localhost".encode("idna")
         global _loader
         session = botocore.session.Session()
         if _loader is None:
@@ -143,7 +148,12 @@ class S3Session:
             # Not a client that has none for ever: the next request looks for them again.
             raise NoCredentialsError
         options = {"config": botocore.config.Config(**self._config_options), **self._client_options}
-        client = boto3_session.client("s3", **options)
+        try:
+            client = boto3_session.client("s3", **options)
+        except ValueError as error:
+            raise PermanentS3Error(
+                f"boto3 refuses s3-endpoint-url or s3-region: {error}"
+            ) from error
         # boto3 may have found the endpoint in the environment.
         endpoint_url = client.meta.endpoint_url
         if self._must_be_confidential and not values.is_confidential(endpoint_url, True):
@@ -151,7 +161,8 @@ class S3Session:
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
-        client.meta.events.register("request-created.s3", self._before_request)
+        # Before the request is signed, for which credentials may have to be fetched.
+        client.meta.events.register_first("request-created.s3", self._before_request)
         client.meta.events.register_first("needs-retry.s3", self._after_answer)
         client.meta.events.register("needs-retry.s3.UploadPart", _retry_part)
         client.meta.events.register("after-call.s3.CompleteMultipartUpload", _check_completion)
@@ -222,8 +233,12 @@ class S3Session:
         with _creating:
             made, self._made = self._made, None
         if made is not None and made[0] == os.getpid():
-            # Uploads have ended; what s3transfer has refused to begin at exit would never end.
-            made[1].transfers.shutdown(cancel=True)
+            if self.has_refused:
+                # What s3transfer has refused to begin, as at exit, never ends; and the argument of
+                # its shutdown() that would cancel it fails.
+                made[1].transfers.__exit__(BaseException, "closed")
+            else:
+                made[1].transfers.shutdown()
             made[1].client.close()
 
 
@@ -299,9 +314,13 @@ def _choose_signer(**kwargs: Any) -> Any:
     return name
 
 
-def _forget_lock_after_fork() -> None:
+def _begin_in_child() -> None:
     global _creating
-    _creating = threading.Lock()
+    _creating = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_forget_lock_after_fork)
+os.register_at_fork(
+    before=lambda: _creating.acquire(),
+    after_in_parent=lambda: _creating.release(),
+    after_in_child=_begin_in_child,
+)

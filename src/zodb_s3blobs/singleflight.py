@@ -24,8 +24,8 @@ class SingleFlight:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        # (pid, descriptor); a forked child opens its own.
-        self._made: tuple[int, int] | None = None
+        # By pid, the descriptor; a forked child opens its own.
+        self._files: dict[int, int] = {}
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -57,22 +57,25 @@ class SingleFlight:
         return partial(self._end, file, place)
 
     def _end(self, file: int, place: int) -> None:
-        if self._made == (os.getpid(), file):  # it was not closed meanwhile
+        if self._files.get(os.getpid()) == file:  # it was not closed meanwhile
             fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
 
     def _open(self) -> int:
-        made = self._made
-        if made is None or made[0] != os.getpid():
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            # Two threads may come here at once: one descriptor is then open until the end.
-            made = self._made = (os.getpid(), file)
-        return made[1]
+        file = self._files.get(os.getpid())
+        if file is None:
+            mine = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Two threads may come here at once; the lock that the other one may have by now is
+            # lost, and the work perhaps done twice.
+            file = self._files.setdefault(os.getpid(), mine)
+            if file != mine:
+                os.close(mine)
+        return file
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
-        made, self._made = self._made, None
-        if made is not None:
-            os.close(made[1])
+        file = self._files.pop(os.getpid(), None)
+        if file is not None:
+            os.close(file)
 
 
 def _nothing() -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import ExitStack
+import errno
 import fcntl
 import hashlib
 import logging
@@ -40,6 +41,7 @@ from .keys import PREFIX
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"
+UPLOADED = "uploaded "
 UNFINISHED = ".tmp"
 CHUNK = 1 << 20
 _LINE = re.compile(r"([0-9a-f]{64}) ([0-9]+) (\S+)")
@@ -100,7 +102,11 @@ class Spool:
                 try:
                     fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found = _read(marker.fileno())
+                    # Others may have the same intention, and are about to write it.
+                    found = _wait_for_marker(marker, place)
+                    if found == place:
+                        failed.pop_all()
+                        return marker
                     raise _other_bucket(self.directory, found, place, "is in use") from None
                 found = _read(marker.fileno())
                 if found not in ("", place) and self._names():
@@ -110,7 +116,10 @@ class Spool:
                 os.pwrite(marker.fileno(), place.encode(), 0)
                 os.fsync(marker)
                 _sync_directory(self.directory)
+                # Not in one step: another may have come in between.
                 fcntl.flock(marker, fcntl.LOCK_SH)
+                if (found := _read(marker.fileno())) != place:
+                    raise _other_bucket(self.directory, found, place, "is in use")
             failed.pop_all()
         return marker
 
@@ -152,6 +161,13 @@ class Spool:
         """Return the bytes of a blob as a source, None when they are not here."""
         path = self._path(key)
         return SpooledSource(path) if os.path.exists(path) else None
+
+    def remove(self, key: str) -> None:
+        """Remove a blob that is not wanted any more."""
+        try:
+            os.remove(self._path(key))
+        except FileNotFoundError:
+            pass  # uploaded just now
 
     def journals(self) -> Iterator[Journal]:
         """Yield what transactions have left that have ended, the oldest first.
@@ -207,17 +223,15 @@ class SpooledSource:
         self._path = path
 
     def fetch(self, oid: bytes, tid: bytes, target_path: str) -> bool:
-        """Give the file a second name, or copy it; return False when it has gone."""
+        """Copy the file; return False when it has gone."""
+        # And no second name for it: to rename one name of a file to another does nothing, so that a
+        # transaction that puts the same file would leave one behind.
         try:
-            os.link(self._path, target_path, follow_symlinks=False)
-        except OSError:
-            # On another file system, perhaps.
-            try:
-                shutil.copyfile(self._path, target_path)
-            except FileNotFoundError as error:
-                if error.filename != self._path:
-                    raise
-                return False
+            shutil.copyfile(self._path, target_path)
+        except FileNotFoundError as error:
+            if error.filename != self._path:
+                raise
+            return False
         return True
 
     def size(self, oid: bytes, tid: bytes) -> int | None:
@@ -241,6 +255,8 @@ class SpooledTransaction:
     def __init__(self, directory: str, entries: Sequence[SpooledBlob]) -> None:
         # Those whose files were put here, and not by an earlier transaction.
         self._put: list[str] = []
+        # Paths, and where the files are now that were there before.
+        self._aside: list[tuple[str, str]] = []
         self._file: int | None
         self._path, self._file = _new_journal(directory)
         try:
@@ -264,7 +280,10 @@ class SpooledTransaction:
             if not os.path.islink(entry.path) and entry.is_intact():
                 _sync_file(entry.path)
                 return
-            os.remove(entry.path)
+            # Damaged, or what comes now is: only the end of the transaction tells.
+            aside = f"{entry.path}-{os.urandom(8).hex()}{UNFINISHED}"
+            os.replace(entry.path, aside)
+            self._aside.append((entry.path, aside))
         try:
             # The file goes into the cache, which removes its own name only.
             os.link(path, entry.path, follow_symlinks=False)
@@ -293,6 +312,8 @@ class SpooledTransaction:
 
     def end(self) -> None:
         """Leave the blobs to whoever uploads them; the transaction may have committed."""
+        for _path, aside in self._aside:
+            _remove(aside)
         file, self._file = self._file, None
         if file is not None:
             # A forked child has the descriptor, too, but it is the same lock.
@@ -303,12 +324,24 @@ class SpooledTransaction:
         """Remove the blobs; the transaction has not committed."""
         if self._file is None:
             return
-        for path in (*self._put, self._path):
-            try:
-                os.remove(path)
-            except FileNotFoundError:
-                pass  # half done
-        self.end()
+        try:
+            for path in self._put:
+                _remove(path)
+            while self._aside:
+                path, aside = self._aside.pop()
+                os.replace(aside, path)
+            self._sync_removal()
+            _remove(self._path)
+        finally:
+            self.end()
+
+    def _sync_removal(self) -> None:
+        # Or a power failure would leave files that no journal lists.
+        try:
+            if self._put:
+                _sync_directory(os.path.dirname(self._put[0]))
+        except OSError:
+            pass  # the disk fails, and nothing was committed
 
 
 class Journal:
@@ -319,8 +352,10 @@ class Journal:
     ) -> None:
         self.path = path
         self.entries = entries
-        #: whether all of them were here when it voted
+        #: whether all of them were here when the transaction voted
         self.is_complete = complete
+        #: keys of those that are in the bucket, or have been there
+        self.uploaded: set[str] = set()
         #: whether it is complete and has lines that nobody can read
         self.is_damaged = damaged
         self._file = file
@@ -332,7 +367,7 @@ class Journal:
         :param path_of: returns the path of a blob by its key.
         """
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            file = _open_journal(path)
         except FileNotFoundError:
             return None  # all uploaded just now
         try:
@@ -346,14 +381,27 @@ class Journal:
             # Whatever it was, nobody else closes it.
             os.close(file)
             raise
-        lines = text.split("\n")
-        complete = lines[-2:] == [COMPLETE, ""]
-        lines = lines[: -2 if complete else -1]  # the last may be half a line
-        matches = [match for match in map(_LINE.fullmatch, lines) if match and parse_key(match[3])]
-        entries = [
-            SpooledBlob(each[3], int(each[2]), each[1], path_of(each[3])) for each in matches
-        ]
-        return cls(path, file, entries, complete, len(entries) < len(lines))
+        lines = text.split("\n")[:-1]  # the last may be half a line
+        uploaded = {line.removeprefix(UPLOADED) for line in lines if line.startswith(UPLOADED)}
+        complete = COMPLETE in lines
+        lines = [line for line in lines if line != COMPLETE and not line.startswith(UPLOADED)]
+        entries = []
+        for match in map(_LINE.fullmatch, lines):
+            if match and parse_key(match[3]):
+                digest, size, key = match.groups()
+                entries.append(SpooledBlob(key, int(size), digest, path_of(key)))
+        journal = cls(path, file, entries, complete, len(entries) < len(lines))
+        journal.uploaded = uploaded
+        return journal
+
+    def note_uploaded(self, entry: SpooledBlob) -> None:
+        """Remove a blob that is in the bucket; any thread may call this."""
+        # First: what is gone later may have been packed away.
+        os.write(self._file, f"{UPLOADED}{entry.key}\n".encode())
+        try:
+            os.remove(entry.path)
+        except FileNotFoundError:
+            pass  # by hand, or by a process that could not say so
 
     def remove(self) -> None:
         """Forget it, when nothing of it is here any more."""
@@ -380,6 +428,26 @@ def _open_marker(path: str) -> BinaryIO:
     except OSError:
         file = os.open(path, flags | os.O_RDONLY)  # what is there can be read at least
     return os.fdopen(file, "rb", buffering=0)
+
+
+def _wait_for_marker(marker: BinaryIO, place: str) -> str:
+    for _attempt in range(100):
+        fcntl.flock(marker, fcntl.LOCK_UN)
+        time.sleep(0.01)
+        fcntl.flock(marker, fcntl.LOCK_SH)
+        if found := _read(marker.fileno()):
+            return found
+    return ""
+
+
+def _open_journal(path: str) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_APPEND)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, flags | os.O_RDONLY)  # what is there can be uploaded at least
 
 
 def _new_journal(directory: str) -> tuple[str, int]:
@@ -424,6 +492,13 @@ def _digest(path: str) -> tuple[str, int]:
             digest.update(piece)
             size += len(piece)
     return digest.hexdigest(), size
+
+
+def _remove(path: str) -> None:
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass  # half done
 
 
 def _sync_file(path: str) -> None:

@@ -84,6 +84,8 @@ class BlobUploads:
             self.drop(blob.oid, blob.tid)
             if blob.key not in self._dropped:
                 self._services.open_keys.add(blob.key)
+            if blob.is_ours and blob.store is None and self._services.uploader:
+                self._services.uploader.forget(blob.key)
             self._blobs[blob.oid, blob.tid] = blob
         except BaseException:
             remove_quietly(blob.path)  # nobody else knows of it yet
@@ -315,6 +317,8 @@ class BlobUploads:
         """Let sweeps decide about the objects, and others upload what is spooled; never raises."""
         self._close_keys()
         self.end_spooled(delete=False)
+        if self._services.uploader:
+            self._services.uploader.ensure_running()
 
     def abort(self, delete: bool) -> None:
         """Wait for the uploads and remove what was uploaded, or leave it to sweeps.
