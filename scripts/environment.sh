@@ -25,6 +25,10 @@ make_environment() {
     echo "Installing the package and its extra '$1' into .venv" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]" ||
       cannot "pip could not install the packages; see above"
+    # Beside the others, for the tests that begin with its monkey-patching.
+    [ "$1" != test ] ||
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --target .venv/gevent gevent ||
+      cannot "pip could not install gevent; see above"
     cp pyproject.toml ".venv/installed-$1"
   fi
 }

@@ -1,6 +1,7 @@
 """Fixtures: the servers, each started once a session, and a bucket of one's own for each test."""
 
 from contextlib import ExitStack
+import gc
 import os
 import shutil
 import tempfile
@@ -60,10 +61,18 @@ def no_settings_from_outside():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def frozen_heap():
+    """What is loaded already is no garbage; each collection would look through it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def rclone():
     """An `EmbeddedS3`; its data is removed at the end of the session."""
-    with tempfile.TemporaryDirectory(prefix="rclone-") as directory:
+    with tempfile.TemporaryDirectory(prefix="rclone-", dir=fast_directory()) as directory:
         yield from run_service("rclone", EmbeddedS3(directory))
 
 

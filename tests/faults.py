@@ -34,12 +34,20 @@ def in_child(function, seconds=20):
         answer = _read_until_end(reading, seconds)
     finally:
         os.close(reading)
-        if os.waitpid(pid, os.WNOHANG) == (0, 0):
-            time.sleep(0.2)
-            if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        if not _ends(pid, 0.2):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     assert answer == b"ok", answer.decode() or "the child died or hung"
+
+
+def _ends(pid, seconds):
+    """Wait for a child's end; return whether it came."""
+    deadline = time.monotonic() + seconds
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
 
 
 def _read_until_end(file, seconds):

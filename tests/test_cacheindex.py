@@ -168,13 +168,12 @@ def test_one_writer_at_a_time(path):
     other.close()
 
 
-def test_lock_held_for_too_long_is_an_os_error(path, monkeypatch):
+def test_lock_held_for_too_long_is_an_os_error(path):
     """A stopped process does not stop the others for ever."""
-    monkeypatch.setattr("zodb_s3blobs.directorylock.BUSY_TIMEOUT", 0.2)
     index, other = CacheIndex(path), CacheIndex(path)
     with index.writing() as rows:
         rows.put("a", 10, 1.0)
-        with pytest.raises(DirectoryBusy, match="too long"), other.writing():
+        with pytest.raises(DirectoryBusy, match="too long"), other.writing(patience=0.2):
             pass
     with other.writing() as rows:
         assert rows.total == 10
@@ -182,15 +181,14 @@ def test_lock_held_for_too_long_is_an_os_error(path, monkeypatch):
     other.close()
 
 
-def test_thread_that_holds_the_lock_for_too_long_is_an_os_error(path, monkeypatch):
+def test_thread_that_holds_the_lock_for_too_long_is_an_os_error(path):
     """Nothing waits without a bound, among threads either."""
-    monkeypatch.setattr("zodb_s3blobs.directorylock.BUSY_TIMEOUT", 0.2)
     index = CacheIndex(path)
     errors = []
 
     def second():
         try:
-            with index.writing():
+            with index.writing(patience=0.2):
                 pass
         except DirectoryBusy as error:
             errors.append(error)

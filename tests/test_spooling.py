@@ -1037,7 +1037,6 @@ def test_rewriting_does_not_leave_out_what_is_spooled(world):
         assert site.storage.rewrite_by_tid().rewritten == 1
 
 
-@pytest.mark.xfail(strict=True, reason="`_commit` spools under a key of a tid, unlike `_copy_all`")
 @kinds("free")
 def test_rewriting_in_an_outage_does_not_let_other_hosts_believe_that_a_blob_is_gone(world):
     """A key by tid does not say that it waits: so what is rewritten does not go to the spool."""
@@ -1055,7 +1054,6 @@ def test_rewriting_in_an_outage_does_not_let_other_hosts_believe_that_a_blob_is_
 # Without the file
 
 
-@pytest.mark.xfail(strict=True, reason="what is read from the spool is compared with nothing")
 @kinds("tid", "record")
 def test_damaged_file_of_the_spool_is_no_blob(world):
     """As of the bucket: bytes that differ from what was stored are an error, and not cached."""
@@ -1541,7 +1539,6 @@ def test_full_disk_of_cache_and_spool_gives_up_what_is_cached(s3, tmp_path):
     on_disks(child, disk)
 
 
-@pytest.mark.xfail(strict=True, reason="the cache is shed though the spool is on another disk")
 def test_full_disk_of_the_spool_alone_does_not_empty_the_cache(s3, tmp_path):
     """In an outage what is cached cannot be fetched again, and would make no room there."""
     disk, away = tmp_path / "disk", refused(s3)

@@ -175,10 +175,12 @@ class SpoolUploader:
         entries, kept = iter(journal.entries), 0
         # The first alone: while S3 is down it tries for all.
         while batch := list(islice(entries, AT_ONCE if report.uploaded else 1)):
-            self._running = [
-                self._pool.start(partial(self._upload, journal, entry)) for entry in batch
-            ]
-            for entry, upload in zip(batch, self._running, strict=True):
+            self._running = running = []
+            for entry in batch:
+                running.append(self._pool.start(partial(self._upload, journal, entry)))
+                if self._is_closed:
+                    running[-1].cancel()  # `close` has not seen it
+            for entry, upload in zip(batch, running, strict=True):
                 try:
                     kept += not self._take_note(entry, upload.future.result(), journal, report)
                 except (S3OperationError, OSError) as error:
@@ -189,13 +191,17 @@ class SpoolUploader:
                     kept += 1
             if self._is_closed or _is_down(failures):
                 return
+        if not kept:
+            self._finish(journal, failures)
+
+    def _finish(self, journal: Journal, failures: list[S3OperationError | OSError]) -> None:
         if journal.is_damaged:
             logger.error("spool has a damaged journal path=%s", journal.path)
-        elif not kept:
-            try:
-                journal.remove()
-            except OSError as error:
-                failures.append(error)
+            return
+        try:
+            journal.remove()
+        except OSError as error:
+            failures.append(error)
 
     def _upload(self, journal: Journal, entry: SpooledBlob, cancelled: Cancellation) -> _Outcome:
         """Upload a blob and remove its file.
@@ -244,7 +250,7 @@ class SpoolUploader:
         """End the thread; what is not uploaded stays in the spool."""
         self._is_closed = True
         self._wanted.set()
-        for upload in self._running:
+        for upload in list(self._running):
             upload.cancel()
         if self._thread is not None:
             self._thread.join(CLOSE_TIMEOUT)

@@ -202,7 +202,7 @@ class TidRewriter:
     def _commit(self, current: list[_Current], lead: float) -> bool:
         """Give objects a revision without a reference; False when others were faster."""
         tid = self._choose_tid(lead)
-        blobs = TransactionBlobs(self._services, tid, owns_keys=True)
+        blobs = TransactionBlobs(self._services, tid, owns_keys=True, may_spool=False)
         transaction = TransactionMetaData(description="blobs by tid")
         try:
             for revision in current:

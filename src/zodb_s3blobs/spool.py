@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import random
 import re
 import shutil
 import time
@@ -34,6 +35,7 @@ from zope.interface import implementer
 
 from .directories import make_private
 from .interfaces import IBlobSource
+from .interfaces import IntegrityError
 from .keys import parse_key
 from .keys import PREFIX
 
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 COMPLETE = "complete"
 UPLOADED = "uploaded "
 UNFINISHED = ".tmp"
+# Of some milliseconds each, when several processes begin at once
+MARKER_ATTEMPTS = 200
 CHUNK = 1 << 20
 _LINE = re.compile(r"([0-9a-f]{64}) ([0-9]+) (\S+)")
 _JOURNAL = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.journal")
@@ -97,17 +101,21 @@ class Spool:
         """
         with ExitStack() as failed:
             marker = failed.enter_context(_open_marker(path))
-            fcntl.flock(marker, fcntl.LOCK_SH)
-            if _read(marker.fileno()) != place:
+            for attempt in range(MARKER_ATTEMPTS):
+                fcntl.flock(marker, fcntl.LOCK_SH)
+                found = _read(marker.fileno())
+                if found == place:
+                    failed.pop_all()
+                    return marker
                 try:
                     fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    # Others may have the same intention, and are about to write it.
-                    found = _wait_for_marker(marker, place)
-                    if found == place:
-                        failed.pop_all()
-                        return marker
-                    raise _other_bucket(self.directory, found, place, "is in use") from None
+                    if found or attempt == MARKER_ATTEMPTS - 1:
+                        break
+                    # Another process begins, too: one of them must let go.
+                    fcntl.flock(marker, fcntl.LOCK_UN)
+                    time.sleep(random.uniform(0.001, 0.02))
+                    continue
                 found = _read(marker.fileno())
                 if found not in ("", place) and self._names():
                     state = "holds blobs that are not uploaded yet"
@@ -116,12 +124,7 @@ class Spool:
                 os.pwrite(marker.fileno(), place.encode(), 0)
                 os.fsync(marker)
                 _sync_directory(self.directory)
-                # Not in one step: another may have come in between.
-                fcntl.flock(marker, fcntl.LOCK_SH)
-                if (found := _read(marker.fileno())) != place:
-                    raise _other_bucket(self.directory, found, place, "is in use")
-            failed.pop_all()
-        return marker
+            raise _other_bucket(self.directory, found, place, "is in use")
 
     def close(self) -> None:
         """Let go of the directory; another bucket may have it when it is empty."""
@@ -160,7 +163,14 @@ class Spool:
     def find(self, key: str) -> SpooledSource | None:
         """Return the bytes of a blob as a source, None when they are not here."""
         path = self._path(key)
-        return SpooledSource(path) if os.path.exists(path) else None
+        return SpooledSource(path, self._digest_of(key)) if os.path.exists(path) else None
+
+    def _digest_of(self, key: str) -> str | None:
+        """Return what the newest journal says of a blob, None where none does any more."""
+        for name in reversed(self._names()):
+            if digest := _digests(os.path.join(self.directory, name)).get(key):
+                return digest
+        return None
 
     def remove(self, key: str) -> None:
         """Remove a blob that is not wanted any more."""
@@ -217,13 +227,20 @@ class Spool:
 
 @implementer(IBlobSource)
 class SpooledSource:
-    """The bytes of one blob, which may be uploaded, and go, at any moment."""
+    """The bytes of one blob, which may be uploaded, and go, at any moment.
 
-    def __init__(self, path: str) -> None:
+    :param str digest: SHA-256, in hexadecimal; None where it is not known.
+    """
+
+    def __init__(self, path: str, digest: str | None) -> None:
         self._path = path
+        self._digest = digest
 
     def fetch(self, oid: bytes, tid: bytes, target_path: str) -> bool:
-        """Copy the file; return False when it has gone."""
+        """Copy the file; return False when it has gone.
+
+        :raises IntegrityError: when it has other bytes than those that were put here.
+        """
         # And no second name for it: to rename one name of a file to another does nothing, so that a
         # transaction that puts the same file would leave one behind.
         try:
@@ -232,6 +249,9 @@ class SpooledSource:
             if error.filename != self._path:
                 raise
             return False
+        if self._digest is not None and _digest(target_path)[0] != self._digest:
+            os.remove(target_path)
+            raise IntegrityError(f"{self._path} in the spool has other bytes than were put there")
         return True
 
     def size(self, oid: bytes, tid: bytes) -> int | None:
@@ -430,16 +450,6 @@ def _open_marker(path: str) -> BinaryIO:
     return os.fdopen(file, "rb", buffering=0)
 
 
-def _wait_for_marker(marker: BinaryIO, place: str) -> str:
-    for _attempt in range(100):
-        fcntl.flock(marker, fcntl.LOCK_UN)
-        time.sleep(0.01)
-        fcntl.flock(marker, fcntl.LOCK_SH)
-        if found := _read(marker.fileno()):
-            return found
-    return ""
-
-
 def _open_journal(path: str) -> int:
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -492,6 +502,16 @@ def _digest(path: str) -> tuple[str, int]:
             digest.update(piece)
             size += len(piece)
     return digest.hexdigest(), size
+
+
+def _digests(path: str) -> dict[str, str]:
+    """Return the digests that a journal tells, by key."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            matches = map(_LINE.fullmatch, file.read().splitlines())
+            return {match[3]: match[1] for match in matches if match}
+    except (OSError, ValueError):
+        return {}  # uploaded just now, or nobody can read it
 
 
 def _remove(path: str) -> None:

@@ -278,7 +278,10 @@ class BlobUploads:
         except OSError as error:
             # What is cached is worth less than what is committed.
             size = sum(os.path.getsize(path) for _key, path in files)
-            if error.errno not in DISK_FULL or not self._services.cache.shed(size):
+            is_shared = os.stat(files[0][1]).st_dev == os.stat(spool.directory).st_dev
+            if error.errno not in DISK_FULL or not is_shared:
+                raise
+            if not self._services.cache.shed(size):
                 raise
             taken = spool.take(files)
         self._spooled.append(taken)

@@ -1,6 +1,9 @@
 """Where a test's bucket is, and plain boto3 access to it."""
 
 from dataclasses import dataclass
+from dataclasses import replace
+import functools
+import os
 import uuid
 
 import boto3
@@ -30,9 +33,7 @@ def new_bucket(server):
     location = S3Location(
         server.endpoint_url, server.access_key, server.secret_key, f"bucket-{uuid.uuid4().hex}"
     )
-    client = boto3_client(location)
-    client.create_bucket(Bucket=location.bucket)
-    client.close()
+    _shared_client(location).create_bucket(Bucket=location.bucket)
     return location
 
 
@@ -62,8 +63,16 @@ def boto3_client(location, **config):
 
 def keys(location, prefix=""):
     """Return all keys of a bucket that begin with a prefix, as a sorted list."""
-    client = boto3_client(location)
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=prefix)
-    found = sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
-    client.close()
-    return found
+    paginator = _shared_client(location).get_paginator("list_objects_v2")
+    pages = paginator.paginate(Bucket=location.bucket, Prefix=prefix)
+    return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
+
+
+def _shared_client(location):
+    """Return a client, one for each server and process: to make it takes longer than to ask."""
+    return _client_of_process(replace(location, bucket=""), os.getpid())
+
+
+@functools.lru_cache(maxsize=16)
+def _client_of_process(server, pid):
+    return boto3_client(server)
