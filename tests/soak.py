@@ -1336,11 +1336,8 @@ class Seat:
 
 
 # Faults that are met now and then, and those that come in storms
-OFTEN = ("error", "cut_up", "lose_answer", "cut_down")
+OFTEN = ("error", "cut_up", "lose_answer", "cut_down", "cut_head")
 STORMS = ("stall", "silence")
-# One that what is tested does not survive yet: half a head is taken for a whole one, and an empty
-# file for the blob.
-TO_COME = "cut_head"
 CALM = {}
 WEATHERS = (
     (3, lambda r: CALM),
@@ -1356,25 +1353,8 @@ WEATHERS = (
 KNOWN = {
     # None: of a part no digest is verified, not even when it is the whole.
     "a part was damaged on its way": (r"Wrong: \S+ from \d+ to \S+ has ", "damage"),
-    # Another thread was importing a module of boto3, with its first request.
-    "a forked child hangs": (r"(?s)a child of \d+ hangs: .*importlib", ""),
-    # The body of an answer 404 does not end, or not where it should.
-    "the body of an error was stalled": (r"urllib3\.exceptions\.ReadTimeoutError: ", "stall"),
-    "the body of an error was cut": (
-        r"PermanentS3Error: S3 .* 404 404;|urllib3\.exceptions\.ProtocolError: ",
-        "cut_down",
-    ),
 }
-# The same, in the log
-KNOWN_IN_LOG = {
-    # It was uploaded, superseded and packed away, and its transaction has others that still wait.
-    "a packed blob is said to be lost": r"spooled blob is gone",
-}
-# Among what a worker has left open: two threads open it at once (singleflight.py).
-KNOWN_OPEN = r"/cache-[ab]/lock( \(deleted\))? \d+$"
-# Among what is left, with a spool: to rename a file to another name of the same file does nothing.
-KNOWN_LEFT = r"/cache-[ab]/process/.*\.tmp$"
-# Another one: when an uncommitted file is gone, ZODB's abort stops in the middle, and objects that
+# ZODB's: when an uncommitted file is gone, its abort stops in the middle, and objects that
 # were changed stay so.
 SPARED = "tmp"
 # Numbers of the storage that the summary has, of those workers that were not killed
@@ -1407,15 +1387,12 @@ class Soak:
     :param float seconds: how long the workers work; to begin and to compare takes some more.
     :param str directory: exists and is empty.
     :param options: further keys of the workers' <s3blobstorage>, with "{directory}" and "{host}".
-    :param bool cuts_heads: whether also the heads of answers are cut.
     :ivar problems: texts of all discrepancies.
     :ivar counts: of what was done, by name.
     :ivar location: of the bucket.
     """
 
-    def __init__(
-        self, stack, seed, seconds, directory, options=None, log=lambda text: None, cuts_heads=False
-    ):
+    def __init__(self, stack, seed, seconds, directory, options=None, log=lambda text: None):
         self.problems = []
         self.counts = Counter()
         self.slowest = {}
@@ -1434,7 +1411,6 @@ class Soak:
         # Of the workers; in their values "{directory}" and "{host}" are replaced.
         self._further = options or {}
         self._log = log
-        self._cuts_heads = cuts_heads
         self._numbers = itertools.count(1)
         self._seats = {}
         self._begun = time.monotonic()
@@ -1649,8 +1625,6 @@ class Soak:
     def _change_weather(self):
         chances, kinds = zip(*WEATHERS, strict=True)
         values = self._random.choices(kinds, chances)[0](self._random)
-        if self._cuts_heads and "cut_down" in values:
-            values[TO_COME] = values["cut_down"]
         self.note(f"weather {values}")
         self._weather(values)
 
@@ -1802,10 +1776,7 @@ class Soak:
 
     def _hear_closed(self, seat, left, numbers):
         seat.is_closed = True
-        known = [name for name in left if re.search(KNOWN_OPEN, name)]
-        if known:
-            self.counts["known: a lock file is opened twice"] += 1
-        if left != known:
+        if left:
             self.wrong(f"worker {seat.task.number} has left open: {left}")
         for name in COUNTED:
             self.counts[f"stats: {name} of those that closed"] += int(numbers.get(name) or 0)
@@ -1937,10 +1908,7 @@ class Soak:
                 continue
             if path.stat().st_ctime < self._quiet_since:
                 continue
-            if "spool_dir" in self._further and re.search(KNOWN_LEFT, str(path)):
-                self.counts["known: a second name is left"] += 1
-            else:
-                self.wrong(f"a temporary file is left: {path} {path.stat()}")
+            self.wrong(f"a temporary file is left: {path} {path.stat()}")
 
     def _drain(self):
         """Let what is in spools go into the bucket; nothing may stay there."""
@@ -2099,12 +2067,7 @@ class Soak:
                 self.counts[f"log: {level[1]} {level[2]}: {words}"] += 1
                 if level[1] == "WARNING" or expected.search(entry.strip()):
                     continue
-                for defect, pattern in KNOWN_IN_LOG.items():
-                    if re.search(pattern, entry.strip(), re.DOTALL):
-                        self.counts[f"known: {defect}"] += 1
-                        break
-                else:
-                    self.wrong(f"{path.name}: {entry}")
+                self.wrong(f"{path.name}: {entry}")
 
 
 def tail(path, size=4000):
@@ -2121,7 +2084,6 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stack", choices=[*STACKS], default="filestorage")
     parser.add_argument("--spool", action="store_true", help="commit to a spool while S3 is down")
-    parser.add_argument("--cut-heads", action="store_true", help="of answers, too")
     parser.add_argument("--keep", help="a new directory, which stays; another only with problems")
     parser.add_argument("--verbose", action="store_true", help="say what happens")
     options = parser.parse_args(arguments)
@@ -2146,7 +2108,6 @@ def main(arguments=None):
             directory,
             SPOOL if options.spool else {},
             log,
-            options.cut_heads,
         )
         soak.run()
         log(soak.summary())

@@ -1,5 +1,6 @@
 """A site with ``on-upload-failure spool``: what it commits while S3 is down is there, for ever."""
 
+from concurrent.futures import wait
 from contextlib import closing
 from contextlib import suppress
 from functools import cached_property
@@ -37,6 +38,7 @@ from zodb_s3blobs.records import read_reference
 from zodb_s3blobs.spool import Spool
 from zodb_s3blobs.storage import S3BlobStorage
 from zodb_s3blobs.testing.server import EmbeddedS3
+from zodb_s3blobs.uploads import UploadPool
 
 from . import relstorages
 from .disks import fill_up
@@ -195,6 +197,7 @@ class Site:
         keeps_spool=False,
         cache_size=1 << 30,
         timeout=10,
+        pool=None,
     ):
         self.spool_dir = Path(directory) / "spool"
         place = world.s3.behind.endpoint_url, world.s3.behind.bucket
@@ -211,6 +214,7 @@ class Site:
             addressing="record" if world.kind == "record" else "auto",
             gc_grace=0.0,
             spool=self.spool,
+            pool=pool,
         )
         self.is_open = True
 
@@ -953,6 +957,43 @@ def test_one_refused_blob_refuses_a_transaction_whose_others_are_in_an_outage(wo
         assert site.files() == []
 
 
+class RememberingPool(UploadPool):
+    """Remembers what it has started."""
+
+    def __init__(self):
+        super().__init__()
+        self._started = []
+
+    def start(self, work):
+        self._started.append(super().start(work))
+        return self._started[-1]
+
+    def wait(self):
+        """Return when all of it is done."""
+        wait([upload.future for upload in self._started], PATIENCE)
+
+
+@kinds("tid", "record")
+def test_refused_blob_is_found_among_many_that_s3_did_not_take(world):
+    """Whichever error comes first: when the vote decides, it looks at all of them."""
+    pool = RememberingPool()
+    site = world.open(pool=pool)
+
+    def fail(path, *args):
+        is_denied = Path(path).read_bytes() == b"denied"
+        raise PermanentS3Error("403") if is_denied else TransientS3Error("down")
+
+    site.client.before["upload_file"] = fail
+    steps = Steps(site)
+    for number in range(20):
+        steps.store(b"denied" if number == 10 else b"other")
+    pool.wait()
+    with pytest.raises(PermanentS3Error):
+        steps.vote()
+    steps.abort()
+    assert site.files() == []
+
+
 @kinds("tid", "record")
 def test_site_that_spools_no_more_uploads_what_it_has(world):
     """With `abort` again: no commit without S3, but what waits is read and goes up."""
@@ -1129,7 +1170,7 @@ def test_other_host_is_told_to_come_again_and_not_that_the_blob_is_gone(world):
     world.s3.down()
     site.write(a=b"a")
     world.s3.up()
-    other = world.open("another host")
+    other = world.open("another host", pool=UploadPool(1))
     calls = [
         lambda blob: read(blob),
         blobs.size,
@@ -1146,7 +1187,7 @@ def test_other_host_is_told_to_come_again_and_not_that_the_blob_is_gone(world):
         assert not isinstance(caught.value, (POSKeyError, KeyError))
         assert caught.value.key and caught.value.oid and caught.value.tid
     with other.db.transaction() as conn:
-        report = blobs.prefetch(conn.root().values())
+        report = blobs.prefetch([conn.root()["a"], conn.root()["before"]])
     assert (report.fetched, report.failed, report.skipped) == (1, 1, 0)
     other.write(b=b"b")
     other.db.pack(time.time() + 1)
@@ -1449,7 +1490,7 @@ def test_numbers_and_log_tell_what_waits(world, caplog):
     assert (found["spool_blobs"], found["spool_bytes"]) == (0, 0)
     assert found["spool_age_seconds"] is None
     assert (found["spooled_total"], found["spool_uploads_total"]) == (3, 3)
-    assert f"bytes={size}" in caplog.text
+    assert "spool uploaded uploaded=" in caplog.text
 
 
 # Disks
@@ -1511,30 +1552,26 @@ def test_full_disk_of_the_spool_refuses_and_leaves_nothing(s3, tmp_path, address
 
 
 def test_full_disk_of_cache_and_spool_gives_up_what_is_cached(s3, tmp_path):
-    """What S3 has goes for what it does not have."""
+    """What S3 has goes for what it does not have, when the disk gets full behind the store."""
     disk, away = tmp_path / "disk", refused(s3)
 
     def child():
         options = {**SPOOLS, "spool_dir": f"{disk}/spool", "cache": "disk/cache"}
-        db = open_db(s3, tmp_path, **options)
-        with db.transaction() as conn:
+        with closing(open_db(s3, tmp_path, **options)) as db, db.transaction() as conn:
             conn.root()["cached"] = Blob(bytes(MEGABYTE))
-        db.close()
         db = open_db(away, tmp_path, **options)
-        with db.transaction() as conn:
-            with conn.root()["cached"].open() as file:
-                assert len(file.read()) == MEGABYTE
-            # Written elsewhere, so that the disk is full when it is to be kept.
-            path = tmp_path / "new"
-            path.write_bytes(bytes(MEGABYTE // 2))
-            blob = conn.root()["new"] = Blob()
-            blob.consumeFile(str(path))
-            fill_up(disk / "filler")
+        manager = transaction.TransactionManager()
+        conn = db.open(manager)
+        conn.root()["new"] = Blob(b"new")
+        fill = relstorages.SlowDataManager("commit", lambda _transaction: fill_up(disk / "filler"))
+        manager.get().join(fill)
+        manager.commit()
+        conn.close()
+        with db.transaction() as conn, pytest.raises(TransientS3Error):
+            read(conn.root()["cached"])
         db.close()
-        db = open_db(away, tmp_path, **options)
-        with db.transaction() as conn:
-            assert len(read(conn.root()["new"])) == MEGABYTE // 2
-        db.close()
+        with closing(open_db(away, tmp_path, **options)) as db, db.transaction() as conn:
+            assert read(conn.root()["new"]) == b"new"
 
     on_disks(child, disk)
 
