@@ -506,4 +506,4 @@ def name_of(name):
     return f"{oid_of(1, name).hex()}.{TID.hex()}"
 
 
-TestCacheMachine = case_of(CacheMachine, 30, 40)
+TestCacheMachine = case_of(CacheMachine, 6, 40)
