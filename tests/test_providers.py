@@ -1467,7 +1467,7 @@ KINDS = [
     (409, "InvalidBucketState", PermanentS3Error),
     (400, "InvalidBucketName", PermanentS3Error),
     (404, "NoSuchBucket", PermanentS3Error),
-    (404, "404", PermanentS3Error),  # a proxy's page
+    (404, "404", TransientS3Error),  # a proxy's page, or S3's that was cut
     (405, "MethodNotAllowed", PermanentS3Error),
     (411, "MissingContentLength", PermanentS3Error),
     (412, "PreconditionFailed", PermanentS3Error),

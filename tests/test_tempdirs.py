@@ -269,13 +269,13 @@ def test_child_forked_while_another_thread_makes_the_directory_again_goes_on(par
     """The thread that holds the lock does not exist in the child."""
     directory = made(parent)
     remove_both(directory.path)
-    gate, makedirs = Gate(), os.makedirs
+    gate, make = Gate(), tempdirs.make_private
 
     def slow(*args, **kw):
         gate()
-        return makedirs(*args, **kw)
+        return make(*args, **kw)
 
-    monkeypatch.setattr(os, "makedirs", slow)
+    monkeypatch.setattr(tempdirs, "make_private", slow)
     thread = start(write, directory)
     gate.wait()
     monkeypatch.undo()
