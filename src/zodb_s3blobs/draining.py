@@ -208,7 +208,9 @@ class SpoolUploader:
 
         :raises S3OperationError: when S3 does not take it.
         """
-        if entry.key in journal.uploaded or entry.key in self._uploaded:
+        was_there = entry.key in journal.uploaded or entry.key in self._uploaded
+        # Asked again: a pack may have taken it for garbage before it was restored once more.
+        if was_there and self._client.head_object(entry.key) is not None:
             journal.note_uploaded(entry)
             self._uploaded.discard(entry.key)
             return _Outcome.THERE
@@ -218,7 +220,7 @@ class SpoolUploader:
             self._client.upload_file(entry.path, entry.key, cancelled)
         except FileNotFoundError:
             # Uploaded by a process that could not say so any more, or else lost.
-            is_there = self._client.head_object(entry.key) is not None
+            is_there = was_there or self._client.head_object(entry.key) is not None
             return _Outcome.THERE if is_there else _Outcome.GONE
         self.counters.add(spool_uploads=1)
         # Where the disk takes no note of it.
