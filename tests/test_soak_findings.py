@@ -242,7 +242,8 @@ def test_spooled_blob_that_is_read_is_a_copy(tmp_path):
     spool = Spool(str(tmp_path / "spool"), ["bucket"])
     spool.take([("blobs/1/2.blob", path)]).end()
     target = tmp_path / "target"
-    assert spool.find("blobs/1/2.blob").fetch(bytes(8), bytes(8), str(target))
+    (source,) = spool.find("blobs/1/2.blob")
+    assert source.fetch(bytes(8), bytes(8), str(target))
     assert target.read_bytes() == b"bytes"
     assert target.stat().st_nlink == 1
     spool.close()

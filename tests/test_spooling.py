@@ -29,9 +29,9 @@ from zodb_s3blobs import blobs
 from zodb_s3blobs import draining
 from zodb_s3blobs.cache import S3BlobCache
 from zodb_s3blobs.delivery import Delivery
+from zodb_s3blobs.interfaces import IntegrityError
 from zodb_s3blobs.interfaces import NotUploadedError
 from zodb_s3blobs.interfaces import PermanentS3Error
-from zodb_s3blobs.interfaces import S3OperationError
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.records import read_reference
@@ -1106,11 +1106,30 @@ def test_damaged_file_of_the_spool_is_no_blob(world):
     path.unlink()
     path.write_bytes(b"wrong")
     site = world.open(cache="empty")
+    world.s3.up()
     for _number in range(2):
-        with pytest.raises(S3OperationError):
+        with pytest.raises(IntegrityError) as caught:
             site.read()
+        assert path.name in str(caught.value)
+        assert caught.value.oid and caught.value.tid and caught.value.key
     path.unlink()
     path.write_bytes(b"right")  # from the backup
+    assert site.read() == {"a": b"right"}
+
+
+@kinds("tid", "record")
+def test_damaged_file_of_the_spool_does_not_hide_what_is_in_the_bucket(world):
+    """A process was killed just when it had uploaded it, and then the disk was damaged."""
+    site = world.open()
+    world.s3.down()
+    site.write(a=b"right")
+    saved = {path: path.read_bytes() for path in site.spool_dir.rglob("*.*")}
+    world.s3.up()
+    site.upload_spool()
+    site.close()
+    for path, data in saved.items():
+        path.write_bytes(data[::-1] if path.suffix == ".blob" else data)
+    site = world.open(cache="another")
     assert site.read() == {"a": b"right"}
 
 

@@ -13,10 +13,11 @@ from .cancellation import UploadCancelled
 from .forks import begin_in_children
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
+from .journals import Journal
+from .journals import SpooledBlob
 from .reports import Report
-from .spool import Journal
+from .s3body import metadata_of
 from .spool import Spool
-from .spool import SpooledBlob
 from .stats import SpoolCounters
 from .uploads import Upload
 from .uploads import UploadPool
@@ -96,8 +97,10 @@ class SpoolUploader:
         self._is_closed = False
         self._thread: threading.Thread | None = None
         self._running: list[Upload] = []
-        # Keys of what is in the bucket and could not be removed here.
+        # Paths of what is in the bucket and could not be removed here
         self._uploaded: set[str] = set()
+        # Paths of which the log tells already
+        self._told: set[str] = set()
 
     def wake(self) -> None:
         """Look into the spool soon, in a thread that goes on with that until `close`."""
@@ -119,16 +122,20 @@ class SpoolUploader:
 
         A FileStorage does that when it was killed and its clock is behind, and a MappingStorage.
         """
-        if self._spool is not None and self._spool.find(key) is not None:
-            # Not while it is uploaded, or it would come after what is stored now.
-            with self._one_at_a_time:
-                self._spool.remove(key)
+        if self._spool is None or not self._spool.find(key):
+            return
+        # Not while it is uploaded, or it would come after what is stored now.
+        with self._one_at_a_time:
+            for journal in self._spool.journals():
+                for entry in journal.entries:
+                    if entry.key == key:
+                        journal.note_done(entry)
 
     def _run(self) -> None:
         told: type[BaseException] | None = None
+        pause = BUSY_PAUSE
         while not self._is_closed:
             self._wanted.clear()
-            pause = BUSY_PAUSE
             try:
                 self.drain()
                 pause, told = IDLE_PAUSE, None
@@ -143,6 +150,8 @@ class SpoolUploader:
                     logger.exception("spool cannot be uploaded")
                 told = type(failure)
             self._wanted.wait(pause)
+            # What waits is read each time.
+            pause = BUSY_PAUSE if told is None else min(2 * pause, IDLE_PAUSE)
 
     def drain(self) -> DrainReport:
         """Upload what is there, but for transactions that run and what another process uploads.
@@ -172,7 +181,8 @@ class SpoolUploader:
     def _drain(
         self, journal: Journal, report: DrainReport, failures: list[S3OperationError | OSError]
     ) -> None:
-        entries, kept = iter(journal.entries), 0
+        # What never voted is not wanted.
+        entries, kept = iter(journal.entries if journal.may_have_voted else ()), 0
         # The first alone: while S3 is down it tries for all.
         while batch := list(islice(entries, AT_ONCE if report.uploaded else 1)):
             self._running = running = []
@@ -196,7 +206,9 @@ class SpoolUploader:
 
     def _finish(self, journal: Journal, failures: list[S3OperationError | OSError]) -> None:
         if journal.is_damaged:
-            logger.error("spool has a damaged journal path=%s", journal.path)
+            if journal.path not in self._told:
+                self._told.add(journal.path)
+                logger.error("spool has a damaged journal path=%s", journal.path)
             return
         try:
             journal.remove()
@@ -208,14 +220,16 @@ class SpoolUploader:
 
         :raises S3OperationError: when S3 does not take it.
         """
-        was_there = entry.key in journal.uploaded or entry.key in self._uploaded
+        was_there = entry.key in journal.done or entry.path in self._uploaded
         # Asked again: a pack may have taken it for garbage before it was restored once more.
         if was_there and self._client.head_object(entry.key) is not None:
-            journal.note_uploaded(entry)
-            self._uploaded.discard(entry.key)
-            return _Outcome.THERE
+            return self._let_go(journal, entry, _Outcome.THERE)
         try:
             if not entry.is_intact():
+                # Somebody may have brought it again.
+                answer = self._client.head_object(entry.key) or {}
+                if metadata_of(answer).get("zodb-sha256") == entry.digest:
+                    return self._let_go(journal, entry, _Outcome.THERE)
                 return _Outcome.DAMAGED
             self._client.upload_file(entry.path, entry.key, cancelled)
         except FileNotFoundError:
@@ -224,10 +238,13 @@ class SpoolUploader:
             return _Outcome.THERE if is_there else _Outcome.GONE
         self.counters.add(spool_uploads=1)
         # Where the disk takes no note of it.
-        self._uploaded.add(entry.key)
-        journal.note_uploaded(entry)
-        self._uploaded.discard(entry.key)
-        return _Outcome.UPLOADED
+        self._uploaded.add(entry.path)
+        return self._let_go(journal, entry, _Outcome.UPLOADED)
+
+    def _let_go(self, journal: Journal, entry: SpooledBlob, outcome: _Outcome) -> _Outcome:
+        journal.note_done(entry)
+        self._uploaded.discard(entry.path)
+        return outcome
 
     def _take_note(
         self, entry: SpooledBlob, outcome: _Outcome, journal: Journal, report: DrainReport
@@ -240,12 +257,12 @@ class SpoolUploader:
             return True
         if outcome is _Outcome.DAMAGED:
             report.damaged += 1
-            logger.error("spooled blob is damaged key=%s path=%s", entry.key, entry.path)
+            if entry.path not in self._told:
+                self._told.add(entry.path)
+                logger.error("spooled blob is damaged key=%s path=%s", entry.key, entry.path)
             return False
-        # Without the end of its journal its transaction did not vote.
-        if journal.is_complete:
-            report.lost += 1
-            logger.error("spooled blob is gone key=%s", entry.key)
+        report.lost += 1
+        logger.error("spooled blob is gone key=%s", entry.key)
         return True
 
     def close(self) -> None:

@@ -365,6 +365,8 @@ class IS3BlobStorage(IBlobStorage):
     def drain_spool():
         """Upload what was committed while S3 was down.
 
+        Not what transactions have there that still run, or what another process is uploading.
+
         :returns: a ``DrainReport``.
         :raises S3OperationError: when S3 does not take it; what is left stays in the spool.
         """

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 import errno
 from functools import partial
+from itertools import chain
 import logging
 import os
 from typing import Any
@@ -32,6 +33,7 @@ from .stats import ReadCounters
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+E = TypeVar("E", bound=S3OperationError)
 
 # From (oid, serial) to the stamp in the revision's record, if there is one
 FindReference = Callable[[bytes, bytes], bytes | None]
@@ -340,11 +342,10 @@ class BlobLoader:
         """Ask for each key that the bytes may have, then each source, until one has them."""
         # A database that has moved between bases keeps under the tid what its records refer to.
         keys = [blob_key(oid, name) for name in (stamp, serial) if name]
+        damaged: list[IntegrityError] = []
         # Before the bucket, where it is before it goes from there.
-        if self._spool is not None:
-            for spooled in filter(None, map(self._spool.find, keys)):
-                if (answer := ask_source(spooled)) is not None:
-                    return answer
+        if (answer := self._ask_spool(keys, ask_source, damaged)) is not None:
+            return answer
         try:
             return _first_of(keys, ask)
         except S3OperationError as error:
@@ -353,12 +354,31 @@ class BlobLoader:
                 if (answer := ask_source(source)) is not None:
                     return answer
             if isinstance(error, MissingObjectError):
+                if damaged:
+                    raise _described(damaged[0], keys[0], oid, serial) from error
                 if stamp and is_waiting(stamp):
                     raise _not_uploaded(keys[0], oid, serial) from error
                 where = " or ".join(keys)
                 raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
+
+    def _ask_spool(
+        self,
+        keys: Sequence[str],
+        ask_source: Callable[[Any], T | None],
+        damaged: list[IntegrityError],
+    ) -> T | None:
+        """Return the first answer; what is damaged may be in the bucket by now."""
+        if self._spool is None:
+            return None
+        for spooled in chain.from_iterable(map(self._spool.find, keys)):
+            try:
+                if (answer := ask_source(spooled)) is not None:
+                    return answer
+            except IntegrityError as error:
+                damaged.append(error)
+        return None
 
 
 def _same_size(path: str, oid: bytes, serial: bytes, source: Any) -> bool | None:
@@ -376,6 +396,10 @@ def _not_uploaded(key: str, oid: bytes, serial: bytes) -> NotUploadedError:
         f"the blob {key!r} was committed while S3 was down, and the host that has it in its spool"
         " has not uploaded it yet"
     )
+    return _described(error, key, oid, serial)
+
+
+def _described(error: E, key: str, oid: bytes, serial: bytes) -> E:
     error.operation, error.key, error.oid, error.tid = "download", key, oid, serial
     return error
 
