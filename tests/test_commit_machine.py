@@ -775,11 +775,15 @@ def tid_of(moment):
 
 
 def close_files_below(directory):
-    """Close what nobody has closed, as the system does for a process that is killed."""
-    for file in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{file}").startswith(directory):
-                os.close(int(file))
+    """Close what nobody has closed, as the system does for a process that is killed.
+
+    The numbers stay taken: who closes them once more must not close another's file.
+    """
+    with open(os.devnull, "r+b") as nothing:
+        for file in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{file}").startswith(directory):
+                    os.dup2(nothing.fileno(), int(file), inheritable=False)
 
 
 class CommitMachine(RuleBasedStateMachine):

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from zodb_s3blobs import tempdirs
+from zodb_s3blobs.singleflight import SingleFlight
 from zodb_s3blobs.tempdirs import remove_old
 from zodb_s3blobs.tempdirs import TempDirectory
 from zodb_s3blobs.tempdirs import TempFiles
@@ -759,6 +760,28 @@ def test_descriptor_that_a_daemon_has_closed_is_had_again_once(parent):
     assert descriptors() <= count + 1
     remove_dead(parent)
     assert all(os.path.exists(path) for path in paths)
+
+
+def test_number_that_a_daemon_has_given_to_another_file_stays_that_file_s(parent):
+    """A database's lock, perhaps: whoever ends closes only what is still its own."""
+    files = TempFiles(parent)
+    lock_file = f"{os.path.dirname(write(files))}.lock"
+    flight = SingleFlight(os.path.join(parent, "flight"))
+    flight.begin("name")
+    with open(os.devnull, "rb") as other:
+        taken = [
+            int(name)
+            for name in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{name}") in (lock_file, f"{parent}/flight")
+        ]
+        for number in taken:
+            os.dup2(other.fileno(), number)
+    assert len(taken) == 2
+    flight.close()
+    del files
+    gc.collect()
+    for number in taken:
+        os.close(number)  # or it would be an error
 
 
 @pytest.mark.parametrize("ending", ["by a signal", "normally"])

@@ -9,13 +9,31 @@ def make_private(path: str) -> None:
     ``os.makedirs`` gives its mode to the last one only.
     """
     above = os.path.dirname(path)
-    if above and not os.path.isdir(above):
+    # What is no directory makes an error that names the path that was asked for.
+    if above and not os.path.lexists(above):
         make_private(above)
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:
         if not os.path.isdir(path):
             raise
+
+
+def close_if(file: int, status: os.stat_result) -> None:
+    """Close a descriptor if it is still of this file.
+
+    A daemon closes all that it has when it begins, and then gives the numbers to other files.
+    """
+    if is_still(file, status):
+        os.close(file)
+
+
+def is_still(file: int, status: os.stat_result) -> bool:
+    """Tell whether a descriptor is open, and of this file."""
+    try:
+        return os.path.samestat(os.fstat(file), status)
+    except OSError:
+        return False
 
 
 def private(path: str, flags: int) -> int:

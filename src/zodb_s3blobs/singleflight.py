@@ -9,6 +9,8 @@ import os
 import time
 import zlib
 
+from .directories import close_if
+
 
 # Seconds after which nobody waits any longer: doing the work twice is only slower.
 TIMEOUT = 120.0
@@ -25,7 +27,7 @@ class SingleFlight:
     def __init__(self, path: str) -> None:
         self._path = path
         # By pid, the descriptor; a forked child opens its own.
-        self._files: dict[int, int] = {}
+        self._files: dict[int, tuple[int, os.stat_result]] = {}
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -57,25 +59,26 @@ class SingleFlight:
         return partial(self._end, file, place)
 
     def _end(self, file: int, place: int) -> None:
-        if self._files.get(os.getpid()) == file:  # it was not closed meanwhile
+        open_now = self._files.get(os.getpid())
+        if open_now and open_now[0] == file:  # it was not closed meanwhile
             fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
 
     def _open(self) -> int:
-        file = self._files.get(os.getpid())
-        if file is None:
+        found = self._files.get(os.getpid())
+        if found is None:
             mine = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Two threads may come here at once; the lock that the other one may have by now is
             # lost, and the work perhaps done twice.
-            file = self._files.setdefault(os.getpid(), mine)
-            if file != mine:
+            found = self._files.setdefault(os.getpid(), (mine, os.fstat(mine)))
+            if found[0] != mine:
                 os.close(mine)
-        return file
+        return found[0]
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
-        file = self._files.pop(os.getpid(), None)
-        if file is not None:
-            os.close(file)
+        found = self._files.pop(os.getpid(), None)
+        if found is not None:
+            close_if(*found)
 
 
 def _nothing() -> None:

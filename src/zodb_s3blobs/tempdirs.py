@@ -13,6 +13,8 @@ import tempfile
 import time
 import weakref
 
+from .directories import close_if
+from .directories import is_still
 from .directories import make_private
 from .interfaces import DISK_FULL
 
@@ -98,7 +100,7 @@ class TempDirectory:
         self._is_among_others = is_among_others
         self.path = os.path.join(parent, f"{os.getpid()}-{os.urandom(8).hex()}")
         # Descriptors of the locked file, as a list for the finalizer; mostly one
-        self._held: list[int] = []
+        self._held: list[tuple[int, os.stat_result]] = []
         weakref.finalize(self, _release, os.getpid(), self.path, self._held)
 
     def file(self) -> str:
@@ -118,7 +120,8 @@ class TempDirectory:
             lock = os.stat(f"{self.path}.lock")
         except OSError:
             return False
-        return any(_is_open(file, lock) for file in list(self._held)) and os.path.isdir(self.path)
+        is_held = any(is_still(file, lock) for file, _status in list(self._held))
+        return is_held and os.path.isdir(self.path)
 
     def _make(self) -> None:
         if self._is_among_others:
@@ -134,7 +137,7 @@ class TempDirectory:
             # Whatever it was, the lock is of no use.
             os.close(file)
             raise
-        self._held.append(file)
+        self._held.append((file, os.fstat(file)))
 
     def _refuse_others(self) -> None:
         if self._is_among_others:
@@ -163,13 +166,6 @@ def _make_directory(path: str) -> None:
             raise
 
 
-def _is_open(file: int, lock: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), lock)
-    except OSError:
-        return False  # a daemon closes all that it has
-
-
 def _locked_file(path: str) -> int:
     """Return the descriptor of a file that exists under this path and is locked by it.
 
@@ -192,7 +188,7 @@ def _locked_file(path: str) -> int:
     raise OSError(f"{path} is locked by whoever removes old temporary files")
 
 
-def _release(pid: int, path: str, held: list[int]) -> None:
+def _release(pid: int, path: str, held: list[tuple[int, os.stat_result]]) -> None:
     if pid != os.getpid():
         return  # a forked child has the parent's
     try:
@@ -201,10 +197,7 @@ def _release(pid: int, path: str, held: list[int]) -> None:
     except OSError:
         pass  # files are still used, perhaps; whoever comes next sees
     while held:
-        try:
-            os.close(held.pop())
-        except OSError:
-            pass  # a daemon closes all that it has
+        close_if(*held.pop())
 
 
 def _remove_if_dead(lock: str) -> None:
