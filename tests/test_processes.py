@@ -898,6 +898,8 @@ def test_orphan_of_a_process_whose_clock_was_ahead_stops_no_sweep(
         site.kill()
     assert len(keys(s3)) == 2
     db = open_db(s3, tmp_path, **options)
+    # A server tells whole seconds.
+    monkeypatch.setattr(time, "time", skewed(5 / HOUR))
     insist(db, lambda root: root.update(plain=PersistentMapping()))
     # By tid it is taken for one in flight until then.
     monkeypatch.setattr(time, "time", skewed(6))

@@ -284,7 +284,10 @@ def _check_copy(http_response: Any, parsed: Mapping[str, Any], **kwargs: Any) ->
 def _tell_what_stays(http_response: Any, parsed: Mapping[str, Any], **kwargs: Any) -> None:
     # S3transfer tells it at the level debug.
     if http_response.status_code >= 300 and http_response.status_code != 404:
-        logger.warning("parts of an upload stay status=%d", http_response.status_code)
+        status = http_response.status_code
+        code = parsed.get("Error", {}).get("Code")
+        reason = "s3:AbortMultipartUpload is not granted" if status == 403 else code
+        logger.warning("parts of an upload stay status=%d: %s", status, reason)
 
 
 def _retry_part(response: Any, attempts: int, **kwargs: Any) -> float | None:
