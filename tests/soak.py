@@ -1372,6 +1372,8 @@ EXPECTED_IN_LOG = (
     r"ERROR ZODB\.Connection .*: Couldn't load state for .*(POSKeyError|ClientDisconnected): ",
     # The errors come here by themselves, too.
     r"ERROR ZODB\.DB .*: packing\b",
+    # Somebody has removed the cache's directory, with what was staged there: it is refused.
+    r"ERROR zodb_s3blobs\.uploading .*: nothing can be spooled: .* No such file .*/cache-\w+/",
     r"ERROR ZEO\.asyncio\.client .* from server: ZODB\.POSException\.(Multiple)?Undo",
     r"ERROR ZEO\.asyncio\.client .* Exception for prefetch .*ClientDisconnected: ",
     r"CRITICAL txn\..*: A storage error occurred during the second phase",

@@ -276,7 +276,7 @@ def test_revision_that_was_uploaded_and_packed_away_is_not_said_to_be_lost(s3, t
         puts = []
 
         def only_the_first(request):
-            if request.method == "PUT":
+            if request.kind == "PUT":
                 puts.append(request)
                 if len(puts) > 1:
                     return s3_error(503, "SlowDown")

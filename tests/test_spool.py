@@ -494,6 +494,63 @@ def test_tid_that_is_given_out_again_frees_the_spool_of_its_blob(any_host, caplo
     assert "gone" not in caplog.text
 
 
+def test_tid_that_is_given_out_again_waits_for_another_process_s_upload(any_host):
+    """Or what did not commit would come after what commits now."""
+    any_host.keep(1)
+    theirs = any_host.spool().journals()
+    next(theirs)  # it is being uploaded
+    uploader, _client = any_host.uploader()
+    with pytest.raises(TransientS3Error, match="another process is uploading"):
+        uploader.forget(key_of(1))
+    theirs.close()
+    uploader.forget(key_of(1))
+    assert any_host.spool().find(key_of(1)) == []
+
+
+def test_clock_that_was_put_back_changes_no_order(any_host, monkeypatch):
+    """The later one is read, and uploaded last."""
+    any_host.keep(1)
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() - 3600 * 10**9)
+    any_host.spool().take(stage_other(any_host)).end()
+    assert read_all(any_host, key_of(1))[0] == b"other"
+    any_host.drain()
+    assert any_host.bucket.objects() == {key_of(1): b"other"}
+
+
+def test_files_that_are_not_mounted_are_not_lost(host):
+    """Journals stay, nothing is put elsewhere, and all arrives when the files are back."""
+    host.keep(1)
+    spool, files = host.spool_dir / "blobs", host.directory / "elsewhere"
+    spool.rename(files)
+    for make in (lambda: None, partial(spool.mkdir, exist_ok=True)):
+        make()
+        with pytest.raises(OSError):
+            host.drain()
+        with pytest.raises(OSError):
+            host.spool().take(host.stage(2))
+    spool.rmdir()
+    files.rename(spool)
+    host.contents.pop(key_of(2))
+    host.drain()
+    host.check_drained(1)
+
+
+def test_half_a_word_does_not_spoil_the_next_one(any_host):
+    """A process that was killed while it said that it gives up."""
+    any_host.keep(1, 2)
+    with open(any_host.journal(), "a") as file:
+        file.write("abor")
+    uploader, client = any_host.uploader()
+    client.before["upload_file"] = lambda path, *args: (
+        Failure()() if os.path.basename(path).startswith("2-") else None
+    )
+    with pytest.raises(TransientS3Error):
+        uploader.drain()
+    any_host.drain()
+    any_host.check_drained(1, 2)
+
+
 def test_transaction_that_never_voted_is_not_uploaded(any_host, victim):
     """Where the end of its journal is missing it cannot have committed."""
     any_host.keep(1)
@@ -629,7 +686,7 @@ def test_everything_is_durable_before_take_returns(any_host):
     spool, files, recorder = any_host.spool(), any_host.stage(1, 2, 3), Recorder()
     with before_each_step(recorder):
         taken = spool.take(files)
-    blobs = sorted((any_host.spool_dir / "blobs").iterdir())
+    blobs = sorted((any_host.spool_dir / "blobs").glob("*.blob"))
     journal, names = any_host.journal(), blobs[0].parent
     (names_synced, spool_synced) = recorder.last("fsync", names, any_host.spool_dir)
     (written,), (journal_synced,) = recorder.last("write", journal), recorder.last("fsync", journal)
@@ -659,7 +716,7 @@ def test_journal_goes_only_when_the_files_have_gone_for_good(any_host):
     """After a power failure no file is back whose journal is not."""
     any_host.keep(1, 2)
     names, journal = os.stat(any_host.spool_dir / "blobs"), os.stat(any_host.journal())
-    blobs = [os.stat(path).st_ino for path in (any_host.spool_dir / "blobs").iterdir()]
+    blobs = [os.stat(path).st_ino for path in (any_host.spool_dir / "blobs").glob("*.blob")]
     uploader, _client = any_host.uploader()
     recorder = Recorder()
     with before_each_step(recorder):

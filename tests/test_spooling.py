@@ -1102,7 +1102,7 @@ def test_damaged_file_of_the_spool_is_no_blob(world):
     world.s3.down()
     site.write(a=b"right")
     site.close()
-    (path,) = (site.spool_dir / "blobs").iterdir()
+    (path,) = (site.spool_dir / "blobs").glob("*.blob")
     path.unlink()
     path.write_bytes(b"wrong")
     site = world.open(cache="empty")

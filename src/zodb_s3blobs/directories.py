@@ -1,4 +1,4 @@
-"""Directories and files that nobody but this user may look into, whatever the umask says."""
+"""Directories and files: private whatever the umask says, durable, and closed once."""
 
 import os
 
@@ -17,6 +17,15 @@ def make_private(path: str) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
+
+
+def sync(path: str) -> None:
+    """Make a file's bytes, or the names in a directory, durable."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def close_if(file: int, status: os.stat_result) -> None:

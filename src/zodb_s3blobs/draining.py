@@ -70,7 +70,7 @@ class SpoolUploader:
     """
 
     def __init__(self, spool: Spool | None, client: Any, pool: UploadPool) -> None:
-        self._spool = spool
+        self._spool = spool if spool is not None and spool.is_uploaded else None
         self._client = client
         self._pool = pool
         self.counters = SpoolCounters()
@@ -130,6 +130,11 @@ class SpoolUploader:
                 for entry in journal.entries:
                     if entry.key == key:
                         journal.note_done(entry)
+        if self._spool.find(key):
+            # It would come after what is stored now.
+            raise TransientS3Error(
+                f"another process is uploading an earlier blob {key!r} from the spool"
+            )
 
     def _run(self) -> None:
         told: type[BaseException] | None = None

@@ -25,6 +25,7 @@ import shutil
 import time
 from typing import NamedTuple
 
+from .directories import sync
 from .keys import parse_key
 
 
@@ -35,6 +36,8 @@ SUFFIX = ".journal"
 UNFINISHED = ".tmp"
 CHUNK = 1 << 20
 _LINE = re.compile(r"([0-9a-f]{64}) ([0-9]+) (\S+)")
+
+_TIME = re.compile(r"[0-9a-f]{16}")
 
 # From a key, and the path of the journal that lists it, to the path of the file
 PathOf = Callable[[str, str], str]
@@ -87,12 +90,12 @@ class SpooledTransaction:
         ]
         self._write("".join(f"{each.digest} {each.size} {each.key}\n" for each in entries))
         # A file that is there after a power failure has its journal.
-        sync_directory(self._directory)
+        sync(self._directory)
         self._files = [entry.path for entry in entries]
         for entry, (_key, path) in zip(entries, files, strict=True):
             _put(path, entry.path)
         for directory in set(map(os.path.dirname, self._files)):
-            sync_directory(directory)
+            sync(directory)
         self._write(f"{COMPLETE}\n")
 
     def _write(self, text: str) -> None:
@@ -151,7 +154,12 @@ class Journal:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.stat(path)
-            lines = read_text(file).split("\n")[:-1]  # the last may be half a line
+            text = read_text(file)
+            lines = text.split("\n")[:-1]
+            if not text.endswith("\n"):
+                # Half a line, which would be the beginning of the next one
+                with suppress(OSError):
+                    os.ftruncate(file, len(text.encode()) - len(text.rpartition("\n")[2].encode()))
         except (BlockingIOError, FileNotFoundError):
             os.close(file)
             return None  # its transaction runs, or another uploads it, or has done so
@@ -225,15 +233,14 @@ def read_text(file: int) -> str:
     return data.decode()
 
 
-def sync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
-    _sync_file(path)
-
-
 def _new_journal(directory: str) -> tuple[str, int]:
     """Return the path and the descriptor of a new journal, which is locked."""
+    # A clock that was put back must not let a later transaction come first.
+    times = [name[:16] for name in os.listdir(directory) if name.endswith(SUFFIX)]
+    newest = max((int(each, 16) for each in times if _TIME.fullmatch(each)), default=0)
     while True:
-        path = os.path.join(directory, f"{time.time_ns():016x}-{os.urandom(8).hex()}{SUFFIX}")
+        now = max(time.time_ns(), newest + 1)
+        path = os.path.join(directory, f"{now:016x}-{os.urandom(8).hex()}{SUFFIX}")
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -273,7 +280,7 @@ def _put(path: str, target: str) -> None:
     except OSError:
         # Another file system, or one without links
         _copy(path, target)
-    _sync_file(target)
+    sync(target)
 
 
 def _copy(path: str, target_path: str) -> None:
@@ -296,14 +303,6 @@ def _remove_for_good(journal_path: str, paths: Sequence[str]) -> None:
     # disk fails, the journal may be all that can be removed.
     with suppress(OSError):
         for directory in set(map(os.path.dirname, paths)):
-            sync_directory(directory)
+            sync(directory)
     with suppress(FileNotFoundError):
         os.remove(journal_path)
-
-
-def _sync_file(path: str) -> None:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -3,7 +3,7 @@
 ::
 
     spool-dir/
-        bucket                                  for which bucket all this is
+        bucket, blobs/bucket                    for which bucket all this is
         {time}-{random}.journal                 the blobs of one transaction
         blobs/{oid}-{name}-{time}-{random}.blob bytes of one of them
 
@@ -32,6 +32,8 @@ from typing import BinaryIO
 from zope.interface import implementer
 
 from .directories import make_private
+from .directories import private
+from .directories import sync
 from .interfaces import IBlobSource
 from .interfaces import IntegrityError
 from .journals import digest_in
@@ -40,8 +42,6 @@ from .journals import Journal
 from .journals import read_text
 from .journals import SpooledTransaction
 from .journals import SUFFIX
-from .journals import sync_directory
-from .journals import UNFINISHED
 from .keys import PREFIX
 
 
@@ -59,20 +59,33 @@ class Spool:
     :param place: words that name the bucket, such as endpoint, bucket and prefix.
     :param bool takes_commits: whether commits may go here. If not, what is here is still read, and
         uploaded.
+    :param bool is_uploaded: whether this process uploads anything; if not, what is here is read.
     :raises ValueError: when it holds blobs for another bucket.
     """
 
-    def __init__(self, directory: str, place: Sequence[str], takes_commits: bool = True) -> None:
+    def __init__(
+        self,
+        directory: str,
+        place: Sequence[str],
+        takes_commits: bool = True,
+        is_uploaded: bool = True,
+    ) -> None:
         self.directory = os.path.abspath(directory)
+        self.is_uploaded = is_uploaded
         self.takes_commits = takes_commits
         self._blobs = os.path.join(self.directory, "blobs")
         # Journals of which the log tells already
         self._told: set[str] = set()
         make_private(self._blobs)
-        sync_directory(os.path.dirname(self.directory))
+        sync(os.path.dirname(self.directory))
         place = "\n".join(place) + "\n"
         # As long as it is locked, nobody makes it another bucket's.
         self._marker = self._claim(os.path.join(self.directory, "bucket"), place)
+        self._landmark = os.path.join(self._blobs, "bucket")
+        if not (os.path.exists(self._landmark) or self._names()):
+            with open(self._landmark, "w", opener=private):
+                pass
+            sync(self._blobs)
 
     def __repr__(self) -> str:
         return f"<Spool {self.directory}>"
@@ -106,7 +119,7 @@ class Spool:
                 os.ftruncate(marker.fileno(), 0)
                 os.pwrite(marker.fileno(), place.encode(), 0)
                 os.fsync(marker)
-                sync_directory(self.directory)
+                sync(self.directory)
             raise _other_bucket(self.directory, found, place, "is in use")
 
     def close(self) -> None:
@@ -127,6 +140,7 @@ class Spool:
         :param files: keys that `keys.blob_key` made, and paths.
         :raises OSError: when they cannot be kept; nothing is left then.
         """
+        self._check_place()
         taken = SpooledTransaction(self.directory, self._path)
         try:
             taken.keep(files)
@@ -135,6 +149,13 @@ class Spool:
             taken.abort()
             raise
         return taken
+
+    def _check_place(self) -> None:
+        """Refuse a directory of files that is not the one: an empty one is no loss of all files.
+
+        :raises OSError: when it is missing, or not mounted.
+        """
+        os.stat(self._landmark)
 
     def find(self, key: str) -> list[SpooledSource]:
         """Return the bytes of a blob as sources, the newest first; none when it is not here."""
@@ -154,7 +175,10 @@ class Spool:
         """Yield what transactions have left that have ended, the oldest first.
 
         Each is this process's alone until the next one is asked for.
+
+        :raises OSError: when the files that they list are not there, all of them.
         """
+        self._check_place()
         for name in self._names():
             path = os.path.join(self.directory, name)
             try:
@@ -190,7 +214,7 @@ class Spool:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue  # uploaded just now
-                if not entry.name.endswith(UNFINISHED):
+                if entry.name.endswith(".blob"):
                     count += 1
                     size += status.st_size
         if names := self._names():

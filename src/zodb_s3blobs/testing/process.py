@@ -79,6 +79,8 @@ def wait_for_line(
         with open(path, errors="replace") as log:
             lines = log.readlines()
         for line in lines:
+            if not (line.endswith("\n") or ended):
+                break  # it is being written
             if result := found(line):
                 return result
         if ended or time.monotonic() > deadline:
