@@ -13,6 +13,8 @@ import time
 import traceback
 from urllib.parse import urlsplit
 
+from zodb_s3blobs.ownership import MARKER
+
 
 def in_child(function, seconds=20):
     """Call a function in a forked child; fail when it raises, dies or takes too long."""
@@ -77,7 +79,12 @@ class Request:
 
     @property
     def kind(self):
-        """The method, with the name of a subresource: "PUT", "PUT partNumber", "POST delete"."""
+        """The method, with the name of a subresource: "PUT", "PUT partNumber", "POST delete".
+
+        "mark" are all requests for the mark that tells whose the bucket is.
+        """
+        if urlsplit(self.target).path.endswith(MARKER):
+            return "mark"
         names = [part.split("=")[0] for part in urlsplit(self.target).query.split("&")]
         known = [n for n in names if n in ("delete", "uploads", "uploadId", "list-type")]
         return " ".join([self.method, *known])

@@ -22,6 +22,7 @@ from ZODB.utils import z64
 
 from zodb_s3blobs.cache import S3BlobCache
 from zodb_s3blobs.interfaces import TransientS3Error
+from zodb_s3blobs.ownership import Ownership
 from zodb_s3blobs.s3client import S3Client
 from zodb_s3blobs.storage import S3BlobStorage
 
@@ -84,6 +85,12 @@ def open_db(location, directory, imports=(), around="{}", **options):
     lines = [f"%import {name}" for name in ("zodb_s3blobs", *imports)]
     text = around.format(section(location, directory, **options))
     return databaseFromString("\n".join([*lines, "<zodb>", text, "</zodb>"]))
+
+
+def take(storage):
+    """Make the bucket that of a storage's database, as ``zodb-s3blobs own --take`` does."""
+    base, services, *_rest = storage.parts
+    Ownership(base.identity).take(services.client)
 
 
 # From the parts, where a test puts something in between

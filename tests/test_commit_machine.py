@@ -146,6 +146,7 @@ class MemoryClient:
     """
 
     bucket_name = "memory"
+    is_read_only = False
     signs_urls = False
 
     def __init__(self, bucket, page=1000):
@@ -215,6 +216,9 @@ class MemoryClient:
         if how == "lost":
             raise failure(operation, key, "transient")
         return result
+
+    def check_owner(self, marks=False):
+        pass  # nobody else has it
 
     def _get(self, operation, key):
         if key not in self.bucket.objects:
@@ -872,20 +876,22 @@ class CommitMachine(RuleBasedStateMachine):
     def safe(self):
         """Return all bytes, by key, that are in the bucket or the spool."""
         found = self.bucket.contents()
-        for key in self.spooled():
-            with open(self.spool_path(key), "rb") as file:
+        for key, path in sorted(self.spooled()):  # the last one counts
+            with open(path, "rb") as file:
                 found[key] = file.read()
         return found
 
     def spooled(self):
-        """Return the keys of what is in the spool."""
+        """Return the keys of what is in the spool, and the paths of the files."""
         if self.spool is None:
             return set()
-        names = os.listdir(f"{self.directory}/spool/blobs")
-        return {f"blobs/{name.replace('-', '/', 1)}" for name in names}
-
-    def spool_path(self, key):
-        return f"{self.directory}/spool/blobs/{key.removeprefix('blobs/').replace('/', '-')}"
+        directory = f"{self.directory}/spool/blobs"
+        files = [name for name in os.listdir(directory) if name.endswith(".blob")]
+        names = [name.split("-", 2) for name in files]
+        return {
+            (f"blobs/{oid}/{name}.blob", f"{directory}/{oid}-{name}-{rest}")
+            for oid, name, rest in names
+        }
 
     @property
     def by_tid(self):

@@ -33,6 +33,7 @@ from zodb_s3blobs.keys import new_stamp
 from .faults import refused_endpoint
 from .services.location import boto3_client
 from .services.location import keys
+from .storages import take
 
 
 SSE_KEY = base64.b64encode(b"0123456789abcdef0123456789abcdeX").decode()
@@ -104,6 +105,10 @@ def test_defaults_are_those_of_the_documentation(text):
         "s3_multipart_part_size": 16 << 20,
         "addressing": "auto",
         "gc_grace": 86400,
+        "access": "read-write",
+        "local_blob_dir": None,
+        "owner": None,
+        "sweep_after_pack": True,
         "on_upload_failure": "abort",
         "spool_dir": None,
         "upload_concurrency": 32,
@@ -401,6 +406,7 @@ def test_grace_decides_what_a_sweep_spares(text, tmp_path, s3, line, deleted):
     client.put_object(Bucket=s3.bucket, Key=blob_key(orphan, new_stamp()), Body=b"orphan")
     client.close()
     with closing(storage):
+        take(storage)
         report = storage.sweep()
     assert (report.listed, report.deleted) == (1, deleted)
 

@@ -26,6 +26,7 @@ from .storages import PATIENCE
 from .storages import random_bytes
 from .storages import read
 from .storages import section
+from .storages import take
 
 
 MiB = 1 << 20
@@ -435,6 +436,7 @@ def test_database_changes_its_base_and_keeps_its_bucket(before, after, place):
     target = place.s3("data", after(place, "after"), "cold")
     place.convert(before(place, "before"), target)
     with opened(target) as storage:
+        take(storage)
         assert storage.sweep().garbage == 0
     assert place.keys("data") == present
     assert contents(target) == expected

@@ -25,6 +25,7 @@ from .storages import open_db
 from .storages import PATIENCE
 from .storages import random_bytes
 from .storages import read
+from .storages import take
 from .storages import TcpProxy
 
 
@@ -301,6 +302,7 @@ def test_orphan_whose_oid_another_object_got_stays_and_is_counted(s3, tmp_path, 
         conn.root()["plain"] = type(conn.root())()
     with db.transaction() as conn:
         oid = conn.root()["plain"]._p_oid
+    take(db.storage)
     db.pack(time.time() + 1)
     (orphan,) = set(keys(s3)) - surviving_before
     assert orphan in crashed

@@ -4,6 +4,7 @@ import atexit
 from collections import Counter
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from contextlib import contextmanager
 from contextlib import suppress
 from dataclasses import astuple
@@ -72,6 +73,7 @@ from .storages import PATIENCE
 from .storages import read
 from .storages import start
 from .storages import store_blob
+from .storages import take
 from .storages import TcpProxy
 from .storages import write_file
 from .test_relstorage_processes import BusySite
@@ -516,6 +518,8 @@ class TestPreForkingServer:
             names = f"child{number}", f"child{number}-{turns}", f"child{number}-{turns - 1}"
             expected |= dict(zip(names, (turns, turns, turns - 1), strict=True))
         assert {name: last.read(name) for name in last.names()} == expected
+        with closing(cluster.open("owner")) as db:
+            take(db.storage)
         last.pack()
         assert cluster.objects() == cluster.references()
         assert len(cluster.objects()) == len(expected)

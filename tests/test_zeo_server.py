@@ -243,7 +243,7 @@ def check_error(call):
         call()
     name, attributes = caught.value.args
     assert name == "zodb_s3blobs.interfaces.TransientS3Error"
-    assert attributes["operation"] in ("upload", "download")
+    assert attributes["operation"] in ("upload", "download", "read")
     assert not isinstance(caught.value, (TransientError, POSKeyError))
 
 

@@ -27,6 +27,7 @@ from .storages import open_db
 from .storages import section
 from .storages import start
 from .storages import store_blob
+from .storages import take
 from .zeoclients import FILE
 from .zeoclients import own_cluster
 from .zeoclients import shared_cluster
@@ -282,6 +283,7 @@ class TestServerDown:
         own.database.server.stop()
         base = f"<filestorage>\npath {own.database.path}\n</filestorage>"
         with closing(own.open("direct", base=base, addressing=addressing)) as db:
+            take(db.storage)
             db.pack(time.time() + 1)
             assert db.storage.sweep().deleted == 0
         assert own.objects() == uploaded

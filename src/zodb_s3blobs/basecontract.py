@@ -15,6 +15,14 @@ from typing import Protocol
 from ZODB.interfaces import IStorageWrapper
 
 
+class Identity(NamedTuple):
+    """What tells a database from its copies."""
+
+    id: str
+    #: what people call it
+    name: str
+
+
 class Reading(NamedTuple):
     """What a record says."""
 
@@ -22,6 +30,9 @@ class Reading(NamedTuple):
     #: its reference
     stamp: bytes | None
 
+
+# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
+LARGEST_BLOB_RECORD = 4096
 
 Read = Callable[[bytes], Reading]
 #: names of keys by oid, see `keys.blob_key`
@@ -48,6 +59,14 @@ class Undone(NamedTuple):
     #: tid of the revisions it has written
     tid: bytes
     sources: Iterable[Source]
+
+
+class Record(NamedTuple):
+    """A revision and its record."""
+
+    oid: bytes
+    tid: bytes
+    data: bytes
 
 
 class Survivors(NamedTuple):
@@ -77,6 +96,16 @@ class Snapshot(Protocol):
 
     def revisions(self, oids: Iterable[bytes]) -> Iterator[tuple[bytes, Revisions]]:
         """Yield each oid with its revisions."""
+
+    def records(self, after: bytes = b"") -> Iterator[tuple[bytes, list[Record]]]:
+        """Yield the records of all revisions that may be blobs', some at a time.
+
+        Of a revision that comes twice the second record counts. It may be one that no question
+        after it finds: `revisions` tells.
+
+        :param bytes after: the position that came with an earlier batch, to go on behind it.
+        :returns: batches, each with the position behind it.
+        """
 
 
 class LookBack(Protocol):
@@ -130,6 +159,9 @@ class Base(Protocol):
 
     def database(self) -> str:
         """Return a name of the database, the same whenever it is opened in this process."""
+
+    def identity(self) -> Identity | None:
+        """Return what tells the database from its copies, None where that is not known."""
 
     def tid(self) -> bytes | None:
         """Return the tid of the transaction that has begun; None where only the end tells."""

@@ -169,6 +169,14 @@ class S3BlobCache:
                 pass
         return None
 
+    def known_size(self, oid: bytes, tid: bytes) -> int | None:
+        """Return the bytes that a file had when it came into the cache, None where nobody knows."""
+        try:
+            with self._index.writing(LOOK_PATIENCE) as rows:
+                return rows.size(name_of(oid, tid))
+        except OSError:
+            return None
+
     def fill(self, oid: bytes, tid: bytes, fetch: Callable[[str], None]) -> str:
         """Return the path of a file that is fetched unless another process has just done so.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import combinations
 from itertools import product
 import os
@@ -16,9 +17,14 @@ from ZODB.config import BaseConfig
 from . import values
 from .bases import base_of
 from .cache import S3BlobCache
+from .localbucket import LocalBucket
+from .localbucket import Overlay
+from .ownership import identity_of_name
+from .ownership import Ownership
 from .s3client import MiB
 from .s3client import S3Client
 from .sources import BlobDirSource
+from .sources import BucketSource
 from .spool import Spool
 from .storage import S3BlobStorage
 from .uploads import UploadPool
@@ -135,6 +141,7 @@ addressing_style = one_of("auto", "path", "virtual")
 checksum = one_of("when_required", "when_supported")
 sse = one_of("AES256", "aws:kms")
 on_upload_failure = one_of("abort", "spool")
+access = one_of("read-write", "read-only")
 bucket_name = values.bucket_name
 key_prefix = values.key_prefix
 endpoint_url = values.endpoint_url
@@ -181,6 +188,18 @@ class BlobDirSourceFactory:
         return BlobDirSource(self.path, self.layout)
 
 
+class BucketSourceFactory:
+    """Section ``<bucket-source>``."""
+
+    def __init__(self, section: Any) -> None:
+        self._section = section
+        self.place = _place(section)
+        _check_bucket(section)
+
+    def open(self) -> BucketSource:
+        return BucketSource(_client(self._section, read_only=True))
+
+
 class S3BlobStorageFactory(BaseConfig):
     """Section ``<s3blobstorage>``: checked while the configuration is parsed, opened later.
 
@@ -189,81 +208,104 @@ class S3BlobStorageFactory(BaseConfig):
 
     def __init__(self, section: Any) -> None:
         super().__init__(section)
-        scheme = urlsplit(section.s3_endpoint_url or "").scheme
-        if scheme and section.s3_use_ssl not in (None, scheme == "https"):
-            raise ValueError(
-                f"s3-use-ssl contradicts s3-endpoint-url, which begins with {scheme}://;"
-                " remove s3-use-ssl, the URL decides"
-            )
-        if bool(section.s3_access_key) != bool(section.s3_secret_key):
-            raise ValueError("s3-access-key and s3-secret-key go together; one is missing")
+        _check_bucket(section)
         if section.s3_sse and section.s3_sse_customer_key:
             raise ValueError("s3-sse and s3-sse-customer-key exclude each other")
         if section.s3_sse_kms_key_id and section.s3_sse != "aws:kms":
             raise ValueError("s3-sse-kms-key-id needs 's3-sse aws:kms'")
-        if section.s3_profile and section.s3_access_key:
-            raise ValueError("s3-profile and s3-access-key exclude each other")
         if section.on_upload_failure == "spool" and not section.spool_dir:
             raise ValueError(
                 "'on-upload-failure spool' needs a spool-dir, on a disk that is as safe as that of"
                 " the database: until S3 is back it has the only copy of what is committed"
             )
+        self._access()
+        _check_places(section)
         _check_directories(section)
         _check_base(section.base)
         self._client()  # the constructor checks what the keys alone cannot tell
 
+    def _access(self) -> str:
+        """Return what the environment says, else the configuration."""
+        name = "ZODB_S3BLOBS_ACCESS"
+        try:
+            return access(os.environ.get(name) or self.config.access)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing is written to the bucket, or deleted there."""
+        return self._access() == "read-only"
+
     def open(self, database_name: str = "unnamed", databases: Any = None) -> S3BlobStorage:
         """Open the base and the cache; S3 is not asked for anything yet."""
         config = self.config
+        is_read_only = self.is_read_only
         with ExitStack() as opened:
             base = config.base.open()
             opened.callback(base.close)
             # Refuses before anything is made on disk.
-            database = base_of(base, config.addressing).database()
-            place = (config.s3_endpoint_url or "AWS", config.bucket_name, config.s3_prefix)
-            _refuse_two_databases(place, database)
+            kind = base_of(base, config.addressing)
+            place = _place(config)
+            if not is_read_only:
+                _refuse_two_databases(place, kind.database())
             cache = S3BlobCache(config.cache_dir, config.cache_size)
             opened.callback(cache.close)
             sources = [source.open() for source in config.sources]
             pool = UploadPool(config.upload_concurrency)
+            client: Any = self._client(is_read_only, self.ownership(kind))
+            if config.local_blob_dir and is_read_only:
+                client = Overlay(LocalBucket(config.local_blob_dir), client)
+            elif config.local_blob_dir:
+                sources.insert(0, BucketSource(LocalBucket(config.local_blob_dir)))
             spool = None
-            if config.spool_dir:
-                spool = Spool(config.spool_dir, place, config.on_upload_failure == "spool")
+            # A copy without one makes none.
+            if config.spool_dir and not (is_read_only and not os.path.isdir(config.spool_dir)):
+                takes_commits = config.on_upload_failure == "spool" and not is_read_only
+                spool = Spool(config.spool_dir, place, takes_commits, not is_read_only)
                 opened.callback(spool.close)
             storage = S3BlobStorage(
                 base,
-                self._client(),
+                client,
                 cache,
                 sources=sources,
                 pool=pool,
                 addressing=config.addressing,
                 gc_grace=config.gc_grace,
                 spool=spool,
+                sweep_after_pack=config.sweep_after_pack,
             )
-            _places[place] = database, weakref.ref(storage)
+            if not is_read_only:
+                _places[place] = kind.database(), weakref.ref(storage)
             opened.pop_all()
         return storage
 
-    def _client(self) -> S3Client:
+    def ownership(self, base: Any) -> Ownership:
+        """Return what tells whether the bucket is this database's.
+
+        :param Base base: see `bases.base_of`.
+        """
+        owner = self.config.owner
+        return Ownership(partial(identity_of_name, owner) if owner else base.identity)
+
+    def client(self, is_read_only: bool = True, kind: type[S3Client] = S3Client) -> S3Client:
+        """Return a client of the bucket, which asks no database whose it is."""
+        return self._client(is_read_only, kind=kind)
+
+    def _client(
+        self,
+        is_read_only: bool = False,
+        ownership: Ownership | None = None,
+        kind: type[S3Client] = S3Client,
+    ) -> S3Client:
         config = self.config
-        return S3Client(
-            config.bucket_name,
-            config.s3_prefix,
-            config.s3_endpoint_url,
-            config.s3_region,
-            config.s3_access_key,
-            _revealed(config.s3_secret_key),
-            config.s3_use_ssl is not False,
-            config.s3_addressing_style,
-            config.s3_connect_timeout,
-            config.s3_read_timeout,
-            _revealed(config.s3_sse_customer_key),
-            max_attempts=config.s3_max_attempts,
+        return _client(
+            config,
+            kind,
+            read_only=is_read_only,
+            ownership=None if is_read_only else ownership,
             multipart_threshold=config.s3_multipart_threshold,
             multipart_part_size=config.s3_multipart_part_size,
-            checksum=config.s3_checksum,
-            ca_bundle=config.s3_ca_bundle,
-            profile=config.s3_profile,
             sse=config.s3_sse,
             sse_kms_key_id=config.s3_sse_kms_key_id,
             storage_class=config.s3_storage_class,
@@ -271,6 +313,58 @@ class S3BlobStorageFactory(BaseConfig):
             concurrency=config.upload_concurrency,
             public_endpoint_url=config.s3_public_endpoint_url,
         )
+
+
+def _place(section: Any) -> tuple[str, str, str]:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # where boto3 looks
+    endpoint = section.s3_endpoint_url or next(filter(None, map(os.environ.get, names)), "AWS")
+    return (endpoint, section.bucket_name, section.s3_prefix)
+
+
+def _check_bucket(section: Any) -> None:
+    """Refuse keys that contradict each other."""
+    scheme = urlsplit(section.s3_endpoint_url or "").scheme
+    if scheme and section.s3_use_ssl not in (None, scheme == "https"):
+        raise ValueError(
+            f"s3-use-ssl contradicts s3-endpoint-url, which begins with {scheme}://;"
+            " remove s3-use-ssl, the URL decides"
+        )
+    if bool(section.s3_access_key) != bool(section.s3_secret_key):
+        raise ValueError("s3-access-key and s3-secret-key go together; one is missing")
+    if section.s3_profile and section.s3_access_key:
+        raise ValueError("s3-profile and s3-access-key exclude each other")
+
+
+def _check_places(section: Any) -> None:
+    """Refuse the database's own bucket as a source."""
+    for source in section.sources:
+        if getattr(source, "place", None) == _place(section):
+            raise ValueError(
+                "the <bucket-source> is the bucket itself, with the same s3-prefix: a copy that"
+                " only reads it needs 'access read-only' and no source"
+            )
+
+
+def _client(section: Any, kind: type[S3Client] = S3Client, **more: Any) -> S3Client:
+    """Return a client of the bucket that a section names."""
+    return kind(
+        section.bucket_name,
+        section.s3_prefix,
+        section.s3_endpoint_url,
+        section.s3_region,
+        section.s3_access_key,
+        _revealed(section.s3_secret_key),
+        section.s3_use_ssl is not False,
+        section.s3_addressing_style,
+        section.s3_connect_timeout,
+        section.s3_read_timeout,
+        _revealed(section.s3_sse_customer_key),
+        max_attempts=section.s3_max_attempts,
+        checksum=section.s3_checksum,
+        ca_bundle=section.s3_ca_bundle,
+        profile=section.s3_profile,
+        **more,
+    )
 
 
 def _revealed(secret: Secret | None) -> str | None:
@@ -297,7 +391,10 @@ def _check_directories(section: Any) -> None:
     ours = [("cache-dir", section.cache_dir)]
     if section.spool_dir:
         ours.append(("spool-dir", section.spool_dir))
-    sources = [("a <blobdir-source>", source.path) for source in section.sources]
+    if section.local_blob_dir:
+        ours.append(("local-blob-dir", section.local_blob_dir))
+    directories = [source.path for source in section.sources if hasattr(source, "path")]
+    sources = [("a <blobdir-source>", path) for path in directories]
     for (name, path), (other_name, other_path) in [*combinations(ours, 2), *product(ours, sources)]:
         one, other = os.path.realpath(path), os.path.realpath(other_path)
         if os.path.commonpath([one, other]) in (one, other):

@@ -1,7 +1,11 @@
 """Which keys no revision needs, and their deletion."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from enum import Enum
 from itertools import chain
 from itertools import islice
 import logging
@@ -14,6 +18,7 @@ from persistent.timestamp import TimeStamp
 from .basecontract import Base
 from .basecontract import Read
 from .basecontract import Snapshot
+from .basecontract import Survivors
 from .forks import begin_in_children
 from .interfaces import ListedObject
 from .interfaces import OtherDatabaseError
@@ -38,7 +43,7 @@ class SweepReport(Report):
     """Counts of keys; bytes are those of the garbage.
 
     listed = kept + in_flight + foreign + garbage, garbage = deleted + failed
-    unless nothing was to be deleted.
+    unless not all of it was to be deleted.
     """
 
     def __init__(self) -> None:
@@ -52,6 +57,40 @@ class SweepReport(Report):
         self.deleted = 0
         self.failed = 0
         self.bytes = 0
+
+
+class Course:
+    """What the way of a sweep is: by default, through all, and all garbage goes."""
+
+    #: the key behind which it begins
+    after = ""
+
+    def __init__(self) -> None:
+        #: what was counted before that
+        self.report = SweepReport()
+
+    def choose(self, garbage: Sequence[ListedObject]) -> Collection[str]:
+        """Return the keys of what may go now; must be quick, for transactions may wait."""
+        return [listed.key for listed in garbage]
+
+    def goes_on(self, last: str) -> bool:
+        """Tell whether the sweep goes on behind a key, up to which it has come."""
+        return True
+
+
+class Verdict(Enum):
+    """What a sweep says of an object."""
+
+    KEPT = "kept"
+    #: of a transaction that may not have ended, or for readers that may not know of its end
+    IN_FLIGHT = "in flight"
+    GARBAGE = "garbage"
+    #: of an oid that was never given out here, or is no blob's any more
+    DOUBTFUL = "doubtful"
+    #: of an oid that is no blob's, and another database's for sure
+    ANOTHERS = "another's"
+    #: its key is of another form
+    FOREIGN = "foreign"
 
 
 class _Entry:
@@ -112,24 +151,25 @@ class Sweeper:
         """Forget a sweep that runs: a child has none of its parent's threads."""
         self._one_at_a_time = threading.Lock()
 
-    def sweep(self, dry_run: bool) -> SweepReport:
+    def sweep(self, dry_run: bool, course: Course | None = None) -> SweepReport:
         """Delete garbage; any error ends the sweep, for an error never means garbage."""
-        report = SweepReport()
+        course = course or Course()
+        report = course.report
         with self._one_at_a_time:
             try:
                 # A ZEO client that turns to a server which is behind notices by what it has seen.
                 with self._base.snapshot() as snapshot:
                     snapshot.last_transaction()
-                last: str | None = ""
-                while last is not None:
-                    last = self._sweep_from(last, report, dry_run)
+                last = self._sweep_from(course.after, course, dry_run)
+                while last is not None and course.goes_on(last):
+                    last = self._sweep_from(last, course, dry_run)
             finally:
                 # A sweep that was stopped has counts, too.
                 bucket = getattr(self._client, "bucket_name", "?")
                 logger.info("sweep bucket=%s %s dry_run=%s", bucket, report, dry_run)
         return report
 
-    def _sweep_from(self, after: str, report: SweepReport, dry_run: bool) -> str | None:
+    def _sweep_from(self, after: str, course: Course, dry_run: bool) -> str | None:
         """Sweep the next pages behind a key and return their last key, None at the end."""
         for _listing in range(LISTINGS):
             begun = self._clock()
@@ -137,6 +177,9 @@ class Sweeper:
             batch = [*chain.from_iterable(pages)]
             if not batch:
                 return None
+            if not dry_run:
+                # Here, where no transaction waits for it
+                self._client.check_owner()
             if batch[0].key <= after or batch[-1].key < batch[0].key:
                 raise PermanentS3Error(
                     f"S3 list begins at {batch[0].key!r} and not behind {after!r}, or is not"
@@ -147,7 +190,7 @@ class Sweeper:
                 # What was listed so long ago may have been stored again by a restore.
                 return bool(self._grace) and self._clock() - begun > self._grace / 4
 
-            if self._sweep_batch(batch, report, dry_run, is_late):
+            if self._sweep_batch(batch, course, dry_run, is_late):
                 return batch[-1].key
             logger.warning("sweep lists again after=%r", after)
         raise TransientS3Error(
@@ -158,7 +201,7 @@ class Sweeper:
     def _sweep_batch(
         self,
         batch: list[ListedObject],
-        report: SweepReport,
+        course: Course,
         dry_run: bool,
         is_late: Callable[[], bool],
     ) -> bool:
@@ -166,7 +209,7 @@ class Sweeper:
 
         :returns: False in that case; nothing was deleted or counted.
         """
-        counts = SweepReport()
+        counts, report = SweepReport(), course.report
         by_key = {listed.key: listed for listed in batch}
         counts.listed = len(by_key)
         suspects = set(by_key)
@@ -188,8 +231,10 @@ class Sweeper:
             counts.bytes = sum(entry.listed.size for entry in garbage)
             if is_late():
                 return False
-            if garbage and not dry_run:
-                self._delete(garbage, counts)
+            chosen = {*course.choose([entry.listed for entry in garbage])}
+            going = [entry for entry in garbage if entry.listed.key in chosen]
+            if going and not dry_run:
+                self._delete(going, counts)
         report.add(counts)
         return True
 
@@ -205,54 +250,61 @@ class Sweeper:
 
     # Deciding
 
+    def judge(self, objects: Iterable[ListedObject]) -> Iterator[tuple[ListedObject, Verdict]]:
+        """Tell of each object what a sweep would say of it now."""
+        with self._base.snapshot() as snapshot:
+            for listed, verdict, _entry in self._judge(objects, snapshot):
+                yield listed, verdict
+
     def _find_garbage(
         self, objects: Iterable[ListedObject], counts: SweepReport, kept_before: int
     ) -> list[_Entry]:
-        garbage: list[_Entry] = []
-        doubtful: list[_Entry] = []
+        found: dict[Verdict, list[Any]] = {verdict: [] for verdict in Verdict}
         with self._base.snapshot() as snapshot:
-            by_oid = self._arrange(objects, snapshot, counts, doubtful)
-            for oid, survivors in snapshot.survivors(by_oid, self._read):
-                for name, entry in by_oid[oid].items():
-                    if name in (survivors.tids if entry.is_by_tid else survivors.stamps):
-                        counts.kept += 1
-                    elif self._is_young(entry) or self._may_be_read(entry, survivors.current):
-                        counts.in_flight += 1
-                    elif survivors.other_since is None:
-                        garbage.append(entry)
-                    elif survivors.other_since <= entry.time:
-                        raise _other_database(entry)
-                    else:
-                        doubtful.append(entry)
-        _judge(doubtful, counts, kept_before + counts.kept)
-        return garbage
+            for _listed, verdict, entry in self._judge(objects, snapshot):
+                if verdict is Verdict.ANOTHERS:
+                    raise _other_database(entry)
+                found[verdict].append(entry)
+        counts.kept += len(found[Verdict.KEPT])
+        counts.in_flight += len(found[Verdict.IN_FLIGHT])
+        counts.foreign += len(found[Verdict.FOREIGN])
+        _keep(found[Verdict.DOUBTFUL], counts, kept_before + counts.kept)
+        return found[Verdict.GARBAGE]
 
-    def _arrange(
-        self,
-        objects: Iterable[ListedObject],
-        snapshot: Snapshot,
-        counts: SweepReport,
-        doubtful: list[_Entry],
-    ) -> dict[bytes, dict[bytes, _Entry]]:
-        """Return what the base must be asked about, by oid and name."""
+    def _judge(
+        self, objects: Iterable[ListedObject], snapshot: Snapshot
+    ) -> Iterator[tuple[ListedObject, Verdict, Any]]:
+        """Yield objects with their entry, None for one whose key is of another form."""
         last = snapshot.last_transaction()
         highest = snapshot.highest_oid()
         by_oid: dict[bytes, dict[bytes, _Entry]] = {}
         for listed in objects:
             parsed = parse_key(listed.key)
             if parsed is None:
-                counts.foreign += 1
+                yield listed, Verdict.FOREIGN, None
                 continue
             entry = _Entry(listed, *parsed)
             if entry.is_by_tid and entry.name > last:
-                counts.in_flight += 1  # of another process, or lost with it
+                # Of another process, or lost with it
+                yield listed, Verdict.IN_FLIGHT, entry
             elif entry.oid <= highest:
                 by_oid.setdefault(entry.oid, {})[entry.name] = entry
-            elif self._is_young(entry):
-                counts.in_flight += 1
             else:
-                doubtful.append(entry)
-        return by_oid
+                is_young = self._is_young(entry)
+                yield listed, Verdict.IN_FLIGHT if is_young else Verdict.DOUBTFUL, entry
+        for oid, survivors in snapshot.survivors(by_oid, self._read):
+            for entry in by_oid[oid].values():
+                yield entry.listed, self._judge_entry(entry, survivors), entry
+
+    def _judge_entry(self, entry: _Entry, survivors: Survivors) -> Verdict:
+        if entry.name in (survivors.tids if entry.is_by_tid else survivors.stamps):
+            return Verdict.KEPT
+        if self._is_young(entry) or self._may_be_read(entry, survivors.current):
+            return Verdict.IN_FLIGHT
+        if survivors.other_since is None:
+            return Verdict.GARBAGE
+        is_anothers = survivors.other_since <= entry.time
+        return Verdict.ANOTHERS if is_anothers else Verdict.DOUBTFUL
 
     def _is_young(self, entry: _Entry) -> bool:
         """Tell whether a transaction of another process may still want an object.
@@ -274,7 +326,7 @@ class Sweeper:
         return self._base.shared or not entry.is_by_tid
 
 
-def _judge(doubtful: list[_Entry], counts: SweepReport, kept: int) -> None:
+def _keep(doubtful: list[_Entry], counts: SweepReport, kept: int) -> None:
     """Keep keys of oids that were never given out here, or now belong to no blob.
 
     A FileStorage gives out the oids of a crashed transaction again, so they may be its

@@ -1,12 +1,15 @@
 """A base whose ``history`` and ``loadSerial`` tell all there is."""
 
+from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
+import os
 import time
 from typing import Any
+from typing import TypeVar
 
 from persistent.timestamp import TimeStamp
 from ZODB.FileStorage.FileStorage import FileStorage
@@ -17,9 +20,12 @@ from ZODB.utils import p64
 from ZODB.utils import u64
 
 from .basecontract import Base
+from .basecontract import Identity
 from .basecontract import innermost
+from .basecontract import LARGEST_BLOB_RECORD
 from .basecontract import LookBack
 from .basecontract import Read
+from .basecontract import Record
 from .basecontract import Revisions
 from .basecontract import Snapshot
 from .basecontract import Source
@@ -30,7 +36,10 @@ from .basecontract import Undone
 from .basecontract import Wanted
 from .buffer import BufferedStorage
 from .keys import TID_SIZE
+from .ownership import identity_of_file
 
+
+T = TypeVar("T")
 
 # More revisions than any object has.
 ALL = 10**6
@@ -62,6 +71,9 @@ class HistoryBase:
     def database(self) -> str:
         name: str = self.storage.sortKey()
         return name
+
+    def identity(self) -> Identity | None:
+        return None
 
     def tid(self) -> bytes | None:
         return None
@@ -208,6 +220,27 @@ class HistoryBase:
         for oid in oids:
             yield oid, self._revisions(oid)
 
+    def records(self, after: bytes = b"") -> Iterator[tuple[bytes, list[Record]]]:
+        # What comes later a FileStorage may be writing just now.
+        last = self.last_transaction()
+        if after >= last:
+            return
+        for transaction in self._iterator(p64(u64(after) + 1) if after else None):
+            yield (
+                transaction.tid,
+                [
+                    Record(record.oid, record.tid, record.data)
+                    for record in transaction
+                    if record.data and len(record.data) <= LARGEST_BLOB_RECORD
+                ],
+            )
+            if transaction.tid >= last:
+                return
+
+    def _iterator(self, start: bytes | None) -> Iterator[Any]:
+        transactions: Iterator[Any] = iter(self.storage.iterator(start))
+        return transactions
+
     def _revisions(self, oid: bytes) -> Revisions:
         history = self._history(oid)
         while True:
@@ -244,6 +277,12 @@ class LocalBase(HistoryBase):
         super().__init__(storage if by_tid else BufferedStorage(storage, directory))
         self._innermost = innermost(storage)
         self.tells_tid = self.locks_at_begin = by_tid
+        # Now: a process may go to another directory. A MappingStorage ends with its process.
+        is_file = isinstance(self._innermost, FileStorage)
+        self._path = os.path.realpath(self._innermost.getName()) if is_file else None
+
+    def identity(self) -> Identity | None:
+        return self._path and identity_of_file(self._path)
 
     def tid(self) -> bytes | None:
         tid: bytes | None = self._innermost._tid if self.tells_tid else None
@@ -257,16 +296,11 @@ class LocalBase(HistoryBase):
         return record
 
     def stored_by(self, tid: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-        for attempt in range(1, VOTE_ATTEMPTS + 1):
-            try:
-                found = list(super().stored_by(tid))
-                break
-            except (AttributeError, ValueError):
-                # A FileStorage's, while a vote is writing to the end of its file.
-                if attempt == VOTE_ATTEMPTS:
-                    raise
-                time.sleep(VOTE_PAUSE)
-        yield from found
+        yield from _between_votes(lambda: list(super(LocalBase, self).stored_by(tid)))
+
+    def _iterator(self, start: bytes | None) -> Iterator[Any]:
+        # It looks at the end of the file when it is told where to begin.
+        return _between_votes(lambda: super(LocalBase, self)._iterator(start))
 
     def give_up(self, instance: Any, transaction: Any) -> None:
         base = self._innermost
@@ -286,3 +320,15 @@ class LocalBase(HistoryBase):
             return max([p64(self._innermost._oid), *self._innermost._data])
         highest: bytes = self._innermost._oid
         return highest
+
+
+def _between_votes(ask: Callable[[], T]) -> T:
+    """Ask a FileStorage, again while a vote is writing to the end of its file."""
+    for attempt in range(1, VOTE_ATTEMPTS + 1):
+        try:
+            return ask()
+        except (AttributeError, ValueError):
+            if attempt == VOTE_ATTEMPTS:
+                raise
+            time.sleep(VOTE_PAUSE)
+    raise AssertionError("unreachable")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from transaction.interfaces import TransientError
 from ZODB.interfaces import IBlobStorage
+from ZODB.POSException import ReadOnlyError
 from ZODB.POSException import StorageError
 from zope.interface import Attribute
 from zope.interface import Interface
@@ -41,6 +42,15 @@ class ListedObject(NamedTuple):
     def age(self) -> float:
         """Seconds; never negative, though one of the times may have been rounded."""
         return max(0.0, self.listed - self.modified)
+
+
+class UnfinishedUpload(NamedTuple):
+    """A multipart upload that has neither ended nor been aborted."""
+
+    key: str
+    id: str
+    #: seconds since it was begun, by the server's clock
+    age: float
 
 
 class S3OperationError(StorageError):
@@ -82,7 +92,11 @@ class MissingObjectError(S3OperationError):
 
 
 class OtherDatabaseError(PermanentS3Error):
-    """The bucket holds objects of another database under the same prefix."""
+    """The bucket is another database's, or holds objects of one under the same prefix."""
+
+
+class ReadOnlyBucketError(PermanentS3Error, ReadOnlyError):
+    """The configuration says that the bucket is only read."""
 
 
 class IS3Client(Interface):
@@ -95,6 +109,7 @@ class IS3Client(Interface):
     """
 
     counters = Attribute("A ``stats.ClientCounters``.")
+    is_read_only = Attribute("Whether nothing can be written or deleted.")
     signs_urls = Attribute("Whether ``presigned_url`` returns one.")
     is_down = Attribute("Whether S3 is known not to answer, so that requests fail at once.")
 
@@ -143,6 +158,14 @@ class IS3Client(Interface):
 
         :returns: None where objects cannot be read that way.
         :raises TransientS3Error: while S3 is known to be down.
+        """
+
+    def check_owner(marks=False):
+        """Ask whether garbage may be deleted here.
+
+        :param bool marks: whether a bucket that is nobody's becomes this database's.
+        :raises OtherDatabaseError: when the bucket is another database's by now.
+        :raises ReadOnlyBucketError: when it is only read.
         """
 
     def copy_object(source_key, target_key):
@@ -198,6 +221,9 @@ class IS3BlobCache(Interface):
 
     def size(oid, tid):
         """Return the bytes of a cached file, which do not count as used by that, else None."""
+
+    def known_size(oid, tid):
+        """Return the bytes that a file had when it came into the cache, None if that is unknown."""
 
     def reserve(entries):
         """Make room for files that are about to be put, evicting others.
@@ -285,7 +311,11 @@ class IS3BlobCache(Interface):
 
 
 class IBlobSource(Interface):
-    """A further, read-only place that blobs may be read from."""
+    """A further, read-only place that blobs may be read from.
+
+    One that knows blobs by their keys has ``find(key)`` in the place of ``fetch`` and ``size``: it
+    returns sources of this one blob, the best first.
+    """
 
     def fetch(oid, tid, target_path):
         """Write the blob's bytes to target_path, or return False when it has none.
@@ -371,15 +401,17 @@ class IS3BlobStorage(IBlobStorage):
         :raises S3OperationError: when S3 does not take it; what is left stays in the spool.
         """
 
-    def sweep(dry_run=False):
+    def sweep(dry_run=False, course=None):
         """Delete the objects that no surviving revision needs.
 
+        :param course: a ``garbage.Course``: where it begins and ends, and what may go.
         :returns: a ``SweepReport``.
         :raises OtherDatabaseError: when the bucket is not this database's alone.
         """
 
-    def rewrite_by_tid():
+    def rewrite_by_tid(is_stopped=lambda: False):
         """Give every blob the key of its tid and take the references out of the records.
 
+        :param is_stopped: asked now and then whether the rest is left to a later call.
         :returns: a ``RewriteReport``.
         """

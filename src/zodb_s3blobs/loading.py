@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -278,6 +280,22 @@ class BlobLoader:
             return False
         return True
 
+    def elsewhere(
+        self, oid: bytes, serial: bytes, stamp: bytes | None
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield what may have the bytes of a revision besides the bucket, as `IBlobSource`.
+
+        :param stamp: what its record refers to.
+        :returns: each with a word: spool or source.
+        """
+        keys = [blob_key(oid, name) for name in (stamp, serial) if name]
+        if self._spool is not None:
+            for spooled in chain.from_iterable(map(self._spool.find, keys)):
+                yield "spool", spooled
+        for source in self._sources:
+            for place in _places(source, keys):
+                yield "source", place
+
     def locate(self, oid: bytes, serial: bytes, find_reference: FindReference) -> Located:
         """Return where the bytes of a revision are, and how many.
 
@@ -350,10 +368,12 @@ class BlobLoader:
             return _first_of(keys, ask)
         except S3OperationError as error:
             # A revision has the same bytes wherever they are.
-            for source in self._sources:
-                if (answer := ask_source(source)) is not None:
-                    return answer
+            if (answer := self._ask_sources(keys, ask_source)) is not None:
+                return answer
             if isinstance(error, MissingObjectError):
+                # A migration may have brought it there meanwhile, and removed it here.
+                if self._sources and (answer := _found_by_now(keys, ask)) is not None:
+                    return answer
                 if damaged:
                     raise _described(damaged[0], keys[0], oid, serial) from error
                 if stamp and is_waiting(stamp):
@@ -362,6 +382,13 @@ class BlobLoader:
                 raise POSKeyError(f"No blob {where} in the bucket", oid, serial) from error
             error.oid, error.tid = oid, serial
             raise
+
+    def _ask_sources(self, keys: Sequence[str], ask_source: Callable[[Any], T | None]) -> T | None:
+        for source in self._sources:
+            for place in _places(source, keys):
+                if (answer := ask_source(place)) is not None:
+                    return answer
+        return None
 
     def _ask_spool(
         self,
@@ -391,6 +418,12 @@ def _same_size(path: str, oid: bytes, serial: bytes, source: Any) -> bool | None
     return True
 
 
+def _places(source: Any, keys: Sequence[str]) -> Iterable[Any]:
+    """Return where a source may have what has these keys: see `IBlobSource`."""
+    find = getattr(source, "find", None)
+    return [source] if find is None else chain.from_iterable(map(find, keys))
+
+
 def _not_uploaded(key: str, oid: bytes, serial: bytes) -> NotUploadedError:
     error = NotUploadedError(
         f"the blob {key!r} was committed while S3 was down, and the host that has it in its spool"
@@ -412,6 +445,13 @@ def _first_of(keys: Sequence[str], ask: Callable[[str], T]) -> T:
             if key == keys[-1]:
                 raise
     raise AssertionError("unreachable")
+
+
+def _found_by_now(keys: Sequence[str], ask: Callable[[str], T]) -> T | None:
+    try:
+        return _first_of(keys, ask)
+    except MissingObjectError:
+        return None
 
 
 class _Located:

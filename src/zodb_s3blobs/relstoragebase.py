@@ -15,9 +15,12 @@ from ZODB.utils import p64
 from ZODB.utils import u64
 
 from .basecontract import Base
+from .basecontract import Identity
 from .basecontract import innermost
+from .basecontract import LARGEST_BLOB_RECORD
 from .basecontract import LookBack
 from .basecontract import Read
+from .basecontract import Record
 from .basecontract import Revisions
 from .basecontract import Source
 from .basecontract import Survivors
@@ -25,12 +28,24 @@ from .basecontract import survivors_among
 from .basecontract import tid_of
 from .basecontract import Undone
 from .basecontract import Wanted
+from .ownership import identity_of_file
 
 
-# Bytes; a blob's record has some sixty, and a few more where wrappers change it.
-LARGEST_BLOB_RECORD = 4096
 # RelStorage gives out oids in blocks of these.
 OIDS_AT_ONCE = 16
+# Rows of a query that goes through all of them
+ROWS_AT_ONCE = 5000
+
+
+# By adapter; both columns are text, and for other adapters the key owner stands in. A dump that is
+# read into another database, or another server, makes another one.
+_IDENTITY = {
+    "PostgreSQLAdapter": (
+        "SELECT concat_ws('/', (SELECT system_identifier FROM pg_control_system()), oid,"
+        " current_schema()), concat_ws('.', datname, current_schema())"
+        " FROM pg_database WHERE datname = current_database()"
+    ),
+}
 
 
 class RelStorageBase:
@@ -52,6 +67,9 @@ class RelStorageBase:
         self._root = base if root is None else root  # an empty RelStorage is false
         self._relstorage = innermost(self._root)
         self.keeps_history: bool = self._relstorage.keep_history
+        path = getattr(self._relstorage._adapter.connmanager, "path", None)  # of SQLite
+        # Now: a process may go to another directory.
+        self._path = os.path.realpath(path) if path else None
         self.hides_undo = self.keeps_history
 
     def of(self, instance: Any) -> Base:
@@ -59,10 +77,24 @@ class RelStorageBase:
 
     def database(self) -> str:
         # The sort key differs from opening to opening, and may show a password.
-        path = getattr(self._relstorage._adapter.connmanager, "path", None)  # of SQLite
-        if path:
-            return os.path.realpath(path)
+        if self._path:
+            return self._path
         return f"database {self._relstorage._options.cache_prefix}"
+
+    def identity(self) -> Identity | None:
+        adapter = self._relstorage._adapter
+        if self._path:
+            return identity_of_file(self._path)
+        query = _IDENTITY.get(type(adapter).__name__)
+        if query is None:
+            return None
+        connection, cursor = adapter.connmanager.open()
+        try:
+            cursor.execute(query)
+            id_, name = cursor.fetchone()
+        finally:
+            adapter.connmanager.rollback_and_close(connection, cursor)
+        return Identity(str(id_), str(name))
 
     def tid(self) -> bytes | None:
         # It picks one in tpc_finish, under its commit lock.
@@ -196,6 +228,31 @@ class _RelStorageSnapshot:
                 data = self._adapter.driver.binary_column_as_state_type(state)
                 found[p64(oid)][p64(tid)] = untransform(data) if data else None
         yield from found.items()
+
+    def records(self, after: bytes = b"") -> Iterator[tuple[bytes, list[Record]]]:
+        as_state = self._adapter.driver.binary_column_as_state_type
+        with self._base.untransforming() as untransform:
+            while True:
+                # Whole numbers: placeholders differ from driver to driver.
+                behind = u64(after[:8]) if after else -1, u64(after[8:]) if after else 0
+                self._cursor.execute(
+                    "SELECT zoid, tid, state FROM object_state"
+                    f" WHERE (zoid, tid) > ({behind[0]:d}, {behind[1]:d})"
+                    f" AND state_size BETWEEN 1 AND {LARGEST_BLOB_RECORD:d}"
+                    f" ORDER BY zoid, tid LIMIT {ROWS_AT_ONCE:d}"
+                )
+                rows = self._cursor.fetchall()
+                if not rows:
+                    return
+                after = p64(rows[-1][0]) + p64(rows[-1][1])
+                yield (
+                    after,
+                    [
+                        Record(p64(oid), p64(tid), untransform(as_state(state)))
+                        for oid, tid, state in rows
+                        if state
+                    ],
+                )
 
     def before(self, tid: bytes) -> Iterator[Source]:
         """Yield what was current before a transaction, of what it has stored."""

@@ -99,8 +99,8 @@ class TidRewriter:
         # Oids whose blob is nowhere: their records keep what they say.
         self._missing: set[bytes] = set()
 
-    def run(self) -> RewriteReport:
-        """Rewrite all there is.
+    def run(self, is_stopped: Callable[[], bool] = lambda: False) -> RewriteReport:
+        """Rewrite all there is, or some, until it is told to stop.
 
         :raises TransientError: when others commit all the time.
         :raises S3OperationError: when S3 fails; the next run goes on from there.
@@ -108,7 +108,7 @@ class TidRewriter:
         report = self._report
         try:
             objects = self._objects_with_stamps()
-            while batch := dict(islice(objects, BATCH)):
+            while not is_stopped() and (batch := dict(islice(objects, BATCH))):
                 if self._base.keeps_history:
                     self._until_found(self._copy_all, batch)
                 self._until_found(self._rewrite_current, batch)

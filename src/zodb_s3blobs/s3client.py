@@ -15,8 +15,12 @@ from .breaker import LONGEST_PAUSE
 from .cancellation import Cancellation
 from .cancellation import UploadCancelled
 from .interfaces import IS3Client
+from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
+from .interfaces import ReadOnlyBucketError
 from .interfaces import S3OperationError
+from .ownership import MARKER
+from .ownership import Ownership
 from .s3body import CancellableBody
 from .s3body import check_key
 from .s3body import check_not_a_page
@@ -29,6 +33,7 @@ from .s3errors import code_of
 from .s3errors import INTEGRITY_CODES
 from .s3errors import NO_BATCH_DELETE_CODES
 from .s3errors import status_of
+from .s3reader import NOTHING
 from .s3reader import S3Reader
 from .s3session import S3Session
 from .stats import ClientCounters
@@ -70,6 +75,8 @@ class S3Client(S3Reader):
     :param float max_pause: seconds for which requests fail at once, at most, when S3 did not
         answer; the first pause takes one, and 0 lets all be tried.
     :param str public_endpoint_url: where browsers find the server, for presigned URLs.
+    :param bool read_only: whether any request that would change something is refused.
+    :param Ownership ownership: asked before anything is written or deleted.
     :raises ValueError: for a value that cannot be right.
     """
 
@@ -100,6 +107,8 @@ class S3Client(S3Reader):
         concurrency: int = 32,
         public_endpoint_url: str | None = None,
         max_pause: float = LONGEST_PAUSE,
+        read_only: bool = False,
+        ownership: Ownership | None = None,
     ) -> None:
         bucket_name, prefix = values.bucket_name(bucket_name), values.key_prefix(prefix)
         if ca_bundle is not None and not (isinstance(ca_bundle, str) and ca_bundle):
@@ -107,6 +116,8 @@ class S3Client(S3Reader):
         for url in (endpoint_url, public_endpoint_url):
             if url is not None:
                 values.endpoint_url(url)
+        self.is_read_only = read_only
+        self._ownership = ownership
         self._multipart_threshold = multipart_threshold
         self._batch_delete = True
         read_args: dict[str, Any] = {}
@@ -157,6 +168,7 @@ class S3Client(S3Reader):
             public_endpoint_url=public_endpoint_url,
             # The certificates of AWS cover one label before the host.
             aws_signing_style="path" if "." in bucket_name else "virtual",
+            is_read_only=read_only,
         )
         super().__init__(
             bucket_name,
@@ -166,7 +178,7 @@ class S3Client(S3Reader):
             breaker,
             read_args,
             read_timeout,
-            create_bucket,
+            create_bucket and not read_only,
             region_name,
         )
         self.uses_kms = (sse or "").startswith("aws:kms")
@@ -180,10 +192,65 @@ class S3Client(S3Reader):
 
     # Writing
 
+    def _check_writing(self, s3_key: str) -> None:
+        """Refuse to change what is only read, or another database's."""
+        self._check_access(s3_key)
+        if self._ownership is not None:
+            self._ownership.check(self)
+
+    def check_owner(self, marks: bool = False) -> None:
+        """Ask whether the bucket is this database's still, though it was a while ago.
+
+        :param bool marks: whether one that is nobody's becomes this database's.
+        """
+        self._check_access(MARKER)
+        if self._ownership is not None:
+            self._ownership.check(self, anew=True, marks=marks)
+
+    def _check_access(self, s3_key: str) -> None:
+        if self.is_read_only:
+            error = ReadOnlyBucketError(
+                f"{s3_key!r} is not written: access is read-only, here or by ZODB_S3BLOBS_ACCESS."
+                " A local-blob-dir takes what is stored"
+            )
+            error.operation, error.key = "write", s3_key
+            raise error
+
+    def read_small(self, s3_key: str) -> bytes | None:
+        """Return the bytes of an object that is no blob, whole; None when there is none."""
+        try:
+            with self.open_range(s3_key) as section:
+                return section.readall()
+        except MissingObjectError:
+            return None
+        except PermanentS3Error as error:
+            if self._create_bucket and code_of(error.__cause__) == "NoSuchBucket":
+                return None
+            raise
+
+    def write_small(self, s3_key: str, data: bytes, only_new: bool = False) -> None:
+        """Store the bytes of an object that is no blob.
+
+        :param bool only_new: leave one that is there; where the server cannot do that, replace it.
+        """
+        from botocore.exceptions import ClientError
+
+        self._check_access(s3_key)
+        metadata = describe_bytes(s3_key, data)
+        with self._translated("write", s3_key, "s3:PutObject"):
+            try:
+                self._put(s3_key, data, metadata, {"IfNoneMatch": "*"} if only_new else {})
+            except ClientError as error:
+                if not only_new or status_of(error) not in (400, 409, 412, 501):
+                    raise
+                if status_of(error) in (400, 501):
+                    self._put(s3_key, data, metadata)
+
     def upload_file(
         self, local_path: str, s3_key: str, cancelled: Cancellation | None = None
     ) -> None:
         """Store a file's bytes under a key, with size and SHA-256 as metadata."""
+        self._check_writing(s3_key)
         with open(local_path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             with self._translated("upload", s3_key, "s3:PutObject"):
@@ -203,11 +270,17 @@ class S3Client(S3Reader):
             deadline = time.monotonic() + self._read_timeout + size / SLOWEST_RATE
             self._put(s3_key, CancellableBody(file, cancelled, deadline), metadata)
 
-    def _put(self, s3_key: str, body: Any, metadata: Mapping[str, str]) -> None:
+    def _put(
+        self,
+        s3_key: str,
+        body: Any,
+        metadata: Mapping[str, str],
+        more: Mapping[str, Any] = NOTHING,
+    ) -> None:
         def put() -> None:
             if not isinstance(body, bytes):
                 body.seek(0)
-            options = {"Body": body, "Metadata": metadata, **self._write_args}
+            options = {"Body": body, "Metadata": metadata, **self._write_args, **more}
             check_origin(self._request("put_object", s3_key, options))
 
         try:
@@ -265,6 +338,7 @@ class S3Client(S3Reader):
 
     def copy_object(self, source_key: str, target_key: str) -> None:
         """Copy an object inside the bucket, of any size, encrypted with the same key."""
+        self._check_writing(target_key)
         head = self._head_of_existing("copy", source_key)
         # The copied metadata would go on naming the source.
         metadata = metadata_of(head)
@@ -286,6 +360,10 @@ class S3Client(S3Reader):
 
     def delete_object(self, s3_key: str) -> None:
         """Delete an object; deleting an absent one succeeds."""
+        self._check_writing(s3_key)
+        self._delete_one(s3_key)
+
+    def _delete_one(self, s3_key: str) -> None:
         from botocore.exceptions import ClientError
 
         with self._translated("delete", s3_key, "s3:DeleteObject"):
@@ -295,12 +373,27 @@ class S3Client(S3Reader):
                 if code_of(error) != "NoSuchKey":  # as GCS answers
                     raise
 
+    def abort_upload(self, s3_key: str, upload_id: str) -> None:
+        """Remove the parts of a multipart upload; one that has ended succeeds."""
+        from botocore.exceptions import ClientError
+
+        self.check_owner()
+        with self._translated("abort upload", s3_key, "s3:AbortMultipartUpload"):
+            try:
+                options = {"UploadId": upload_id}
+                self._try(self._request, "abort_multipart_upload", s3_key, options)
+            except ClientError as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+
     def delete_objects(self, s3_keys: Iterable[str]) -> dict[str, str]:
         """Delete many objects, in batches where the server can.
 
         :returns: a dict of key to error code for the keys that were refused.
         """
         keys = list(s3_keys)
+        if keys:
+            self._check_writing(keys[0])
         refused: dict[str, str] = {}
         while keys and self._batch_delete:
             batch = keys[:DELETE_BATCH]
@@ -313,7 +406,7 @@ class S3Client(S3Reader):
             del keys[:DELETE_BATCH]
         for key in keys:
             try:
-                self.delete_object(key)
+                self._delete_one(key)
             except PermanentS3Error as error:
                 refused[key] = code_of(error.__cause__) or "unknown"
         return refused

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from .interfaces import ListedObject
+from .interfaces import UnfinishedUpload
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,28 @@ def read_page(answer: Mapping[str, Any], cut: int) -> list[ListedObject]:
     return [
         ListedObject(item["Key"][cut:], item["Size"], time, listed)
         for item, time in zip(contents, times, strict=True)
+    ]
+
+
+def read_uploads(answer: Mapping[str, Any], cut: int) -> list[UnfinishedUpload]:
+    """Return the uploads of an answer to ListMultipartUploads whose dates were left as text.
+
+    :param int cut: length of the prefix that keys have in the bucket.
+    """
+    uploads = answer.get("Uploads", ())
+    if not uploads:
+        return []
+    try:
+        listed = _seconds(parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]))
+        ages = [
+            listed - _seconds(datetime.fromisoformat(_iso(item["Initiated"]))) for item in uploads
+        ]
+    except (KeyError, ValueError):
+        logger.warning("listing without usable dates")
+        ages = [0.0 for _item in uploads]
+    return [
+        UnfinishedUpload(item["Key"][cut:], item["UploadId"], max(0.0, age))
+        for item, age in zip(uploads, ages, strict=True)
     ]
 
 

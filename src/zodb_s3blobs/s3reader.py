@@ -18,6 +18,7 @@ from .interfaces import MissingObjectError
 from .interfaces import PermanentS3Error
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
+from .interfaces import UnfinishedUpload
 from .s3body import check_origin
 from .s3body import digest_of
 from .s3body import receive
@@ -30,6 +31,7 @@ from .s3errors import status_of
 from .s3errors import translated
 from .s3errors import was_silent
 from .s3listing import read_page
+from .s3listing import read_uploads
 from .s3range import nothing_there
 from .s3range import open_answer
 from .s3range import Opened
@@ -273,6 +275,37 @@ class S3Reader:
             if following == token.get("ContinuationToken"):
                 raise make_error(PermanentS3Error, "list", prefix, "it goes in circles")
             token = {"ContinuationToken": following}
+
+    def list_uploads(self, prefix: str) -> Iterator[UnfinishedUpload]:
+        """Iterate lazily over the multipart uploads that have neither ended nor been aborted.
+
+        Some servers list none of them unless the prefix is the whole key.
+        """
+        markers: dict[str, str] = {}
+        while True:
+            with self._translated("list uploads", prefix, "s3:ListBucketMultipartUploads"):
+                answer = self._try(self._list_uploads, prefix, markers)
+                uploads = read_uploads(answer, len(self._full_prefix))
+                following = {
+                    name: str(answer.get(f"Next{name}", ""))
+                    for name in ("KeyMarker", "UploadIdMarker")
+                }
+            yield from uploads
+            if not answer.get("IsTruncated") or following == markers:
+                return
+            markers = following
+
+    def _list_uploads(self, prefix: str, markers: Mapping[str, str]) -> Any:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._session.client().list_multipart_uploads(
+                Bucket=self.bucket_name, Prefix=self._full_prefix + prefix, **markers
+            )
+        except ClientError as error:
+            if code_of(error) == "NoSuchUpload":
+                return {}  # as rclone says that there are none
+            raise
 
     def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
         from botocore.exceptions import ClientError

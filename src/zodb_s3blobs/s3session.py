@@ -74,6 +74,7 @@ class S3Session:
     :param str public_endpoint_url: where browsers find the server, if that is elsewhere.
     :param str aws_signing_style: the addressing style of URLs for browsers on AWS, unless one is
         configured.
+    :param bool is_read_only: whether nothing but GET and HEAD is sent.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class S3Session:
         breaker: Breaker,
         public_endpoint_url: str | None = None,
         aws_signing_style: str = "virtual",
+        is_read_only: bool = False,
     ) -> None:
         self._session_options = dict(session_options)
         self._client_options = dict(client_options)
@@ -97,6 +99,7 @@ class S3Session:
         self._breaker = breaker
         self._public_endpoint_url = public_endpoint_url
         self._aws_signing_style = aws_signing_style
+        self._is_read_only = is_read_only
         #: whether s3transfer could not begin a transfer
         self.has_refused = False
         # The bucket's, as far as it was told.
@@ -161,6 +164,9 @@ class S3Session:
         # Servers that predate the newer checksums want this one.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
         client.meta.events.register_last("before-call.s3", _send_small_at_once)
+        if self._is_read_only:
+            # Whoever asks: the client refuses with better words.
+            client.meta.events.register_first("before-call.s3", _refuse_change)
         # Before the request is signed, for which credentials may have to be fetched.
         client.meta.events.register_first("request-created.s3", self._before_request)
         client.meta.events.register_first("needs-retry.s3", self._after_answer)
@@ -251,6 +257,11 @@ def _keep_headers_out_of_logs() -> None:
         its_logger = logging.getLogger(name)
         if its_logger.level == logging.NOTSET:
             its_logger.setLevel(logging.INFO)
+
+
+def _refuse_change(model: Any, **kwargs: Any) -> None:
+    if model.http["method"] not in ("GET", "HEAD"):
+        raise PermanentS3Error(f"S3 {model.name} is not sent: access is read-only")
 
 
 def _add_content_md5(params: dict[str, Any], **kwargs: Any) -> None:

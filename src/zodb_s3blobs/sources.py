@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from typing import Any
 
 from ZODB.blob import auto_layout_select
 from ZODB.blob import FilesystemHelper
@@ -10,11 +11,56 @@ from ZODB.blob import LAYOUT_MARKER
 from zope.interface import implementer
 
 from .interfaces import IBlobSource
+from .interfaces import MissingObjectError
 
 
 LAYOUTS = ("bushy", "lawn")
 # Of a lawn, or of the first level of a bush
 _OID = re.compile(r"0x[0-9a-f]{1,16}")
+
+
+class BucketSource:
+    """Another bucket, such as production's for a copy of it, which is never written.
+
+    :param client: an `IS3Client`.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def find(self, key: str) -> "list[_ObjectSource]":
+        """Return the bytes of a blob as a source, which may not be there."""
+        return [_ObjectSource(self.client, key)]
+
+    def close(self) -> None:
+        """Release connections."""
+        self.client.close()
+
+
+@implementer(IBlobSource)
+class _ObjectSource:
+    def __init__(self, client: Any, key: str) -> None:
+        self._client = client
+        self._key = key
+
+    def fetch(self, oid: bytes, tid: bytes, target_path: str) -> bool:
+        """Download the object, or return False when there is none."""
+        try:
+            self._client.download_file(self._key, target_path)
+        except MissingObjectError:
+            return False
+        return True
+
+    def size(self, oid: bytes, tid: bytes) -> int | None:
+        """Return the bytes of the object, or None when there is none."""
+        try:
+            size: int = self._client.object_size(self._key)
+        except MissingObjectError:
+            return None
+        return size
+
+    def close(self) -> None:
+        """The connections are the bucket's."""
 
 
 @implementer(IBlobSource)

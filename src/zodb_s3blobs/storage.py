@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from typing import Any
+from typing import NamedTuple
 
 from ZODB.blob import BlobFile
 from ZODB.DemoStorage import DemoStorage
@@ -33,6 +34,7 @@ from . import blobpatch
 from .basecontract import Base
 from .basecontract import innermost
 from .basecontract import is_read_only
+from .basecontract import Read
 from .bases import base_of
 from .callers import loads_object
 from .commit import TransactionBlobs
@@ -40,6 +42,7 @@ from .copying import copy_transactions
 from .directories import make_private
 from .draining import DrainReport
 from .draining import SpoolUploader
+from .garbage import Course
 from .garbage import Sweeper
 from .garbage import SweepReport
 from .interfaces import EVICTION_ATTEMPTS
@@ -63,6 +66,18 @@ from .uploads import UploadPool
 
 
 logger = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """What a storage is made of."""
+
+    base: Base
+    services: BlobServices
+    #: tells what a record, as the base returns it, is
+    read: Read
+    #: makes of a record, as the base returns it, the one that ZODB has made
+    untransform: Callable[[bytes], bytes]
+    sweeper: Sweeper
 
 
 class FileNames:
@@ -98,6 +113,7 @@ class S3BlobStorage:
     :param float gc_grace: age in seconds below which an object that no record refers to may belong
         to a transaction of another process. The same in all processes.
     :param Spool spool: takes what S3 does not, if it takes commits, until S3 does.
+    :param bool sweep_after_pack: whether a pack deletes what it has made garbage.
     :raises ValueError: when the base storage cannot be wrapped.
     """
 
@@ -113,6 +129,7 @@ class S3BlobStorage:
         addressing: str = "auto",
         gc_grace: float = 86400.0,
         spool: Any = None,
+        sweep_after_pack: bool = True,
     ) -> None:
         if temp_dir is None:
             temp_dir, temporary_file = cache.temp_dir, cache.temporary_file
@@ -146,7 +163,9 @@ class S3BlobStorage:
         closeables = uploader, pool, self.__downloads, *sources, cache, s3_client
         self.__pass_through(base, services, closeables)
         self.__sweeper = Sweeper(base, s3_client, cache, open_keys, self.__records.read, gc_grace)
-        uploader.wake()
+        self.__sweeps_after_pack = sweep_after_pack
+        if not is_read_only(base_storage):
+            uploader.wake()
 
     def __pass_through(
         self, base: Base, services: BlobServices, closeables: Sequence[Any] = ()
@@ -224,6 +243,7 @@ class S3BlobStorage:
         other.fshelper = self.fshelper
         other.__downloads = self.__downloads
         other.__sweeper = self.__sweeper
+        other.__sweeps_after_pack = self.__sweeps_after_pack
         other.__records = copy(self.__records)
         return other
 
@@ -266,6 +286,14 @@ class S3BlobStorage:
     def __push(self, changes: Any = None) -> Any:
         """Put a DemoStorage around this, as a DemoStorage inside would around itself."""
         return DemoStorage(base=self, changes=changes, close_base_on_close=False)
+
+    @property
+    def parts(self) -> Parts:
+        """What it is made of, for `zodb_s3blobs.operate`."""
+        records = self.__records
+        return Parts(
+            self.__kind, self.__services, records.read, records.untransform, self.__sweeper
+        )
 
     # Two-phase commit
 
@@ -506,11 +534,16 @@ class S3BlobStorage:
     def pack(self, *args: Any, **kw: Any) -> Any:
         """Pack the base, then delete the objects that no surviving revision needs.
 
-        Nothing is deleted where the base, such as a DemoStorage, does not tell what is garbage.
+        Nothing is deleted where the base, such as a DemoStorage, does not tell what is garbage, or
+        where that is left to ``sweep``.
         Further arguments are the base's. What RelStorage calls ``prepack_only`` and ``check_refs``
         removes nothing, and nothing is swept after it.
         """
-        sweeps = not (kw.get("prepack_only") or kw.get("check_refs"))
+        sweeps = self.__sweeps_after_pack
+        if kw.get("prepack_only") or kw.get("check_refs"):
+            sweeps = False
+        if self.__services.client.is_read_only:
+            sweeps = False  # the bucket's own database does that
         if not self.__kind.tells_garbage:
             sweeps = False
             logger.info("pack without a sweep base=%r", self.__base)
@@ -525,10 +558,13 @@ class S3BlobStorage:
     def __refuse_read_only(self) -> None:
         if is_read_only(self.__base):
             raise ReadOnlyError("the storage inside is open for reading only")
+        if self.__services.client.is_read_only:
+            raise ReadOnlyError("access to the bucket is read-only")
 
-    def sweep(self, dry_run: bool = False) -> SweepReport:
+    def sweep(self, dry_run: bool = False, course: Course | None = None) -> SweepReport:
         """Delete the objects that no surviving revision needs; with dry_run only count them.
 
+        :param Course course: where it begins and ends, and what may go.
         :raises OtherDatabaseError: when the bucket is not this database's alone.
         :raises ReadOnlyError: when the base is read-only, unless dry_run.
         :raises Unsupported: when the base, such as a DemoStorage, does not tell what is garbage.
@@ -541,7 +577,7 @@ class S3BlobStorage:
             )
         if not dry_run:
             self.__refuse_read_only()
-        return self.__sweeper.sweep(dry_run)
+        return self.__sweeper.sweep(dry_run, course)
 
     def drain_spool(self) -> DrainReport:
         """Upload what was committed while S3 was down, and return when that is done.
@@ -553,7 +589,7 @@ class S3BlobStorage:
         report: DrainReport = self.__services.uploader.drain()
         return report
 
-    def rewrite_by_tid(self) -> RewriteReport:
+    def rewrite_by_tid(self, is_stopped: Callable[[], bool] = lambda: False) -> RewriteReport:
         """Give every blob the key of its tid and take the references out of the records.
 
         So that a site can leave: older versions of this package, and others that know nothing of
@@ -562,6 +598,7 @@ class S3BlobStorage:
         processes gets references again, so the last call comes after they have ended. The objects
         that records no longer refer to are garbage, which the next pack deletes.
 
+        :param is_stopped: asked now and then whether the rest is left to a later call.
         :raises ReadOnlyError: when the base is read-only.
         :raises Unsupported: over a ZEO client or a DemoStorage.
         """
@@ -586,7 +623,7 @@ class S3BlobStorage:
         records = self.__records
         return TidRewriter(
             self.__kind, self.__services, records.read, records.without_reference, invalidate
-        ).run()
+        ).run(is_stopped)
 
     def __copy_transactions_from(self, other: Any) -> None:
         """Copy all transactions of another storage, with their tids and blobs."""

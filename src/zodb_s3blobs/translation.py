@@ -17,18 +17,19 @@ class Translator:
     def __init__(self) -> None:
         #: makes of a record what the base stores
         self.transform: Callable[[bytes], bytes] = bytes
-        self._untransform: Callable[[bytes], bytes] = bytes
+        #: makes of that the record again
+        self.untransform: Callable[[bytes], bytes] = bytes
 
     def learn(self, db: Any) -> None:
         """Take over what ``registerDB`` is told."""
         self.transform = db.transform_record_data
-        self._untransform = db.untransform_record_data
+        self.untransform = db.untransform_record_data
 
     def read(self, record: bytes | None) -> Reading:
         """Tell what a record is; without one it is no blob's."""
         if not record:
             return Reading(False, None)
-        plain = self._untransform(record)
+        plain = self.untransform(record)
         return Reading(is_blob_record(plain), read_reference(plain))
 
     def with_reference(self, record: bytes, stamp: bytes) -> bytes:
@@ -36,9 +37,9 @@ class Translator:
 
         :raises ValueError: when it is not a Blob's.
         """
-        return self.transform(with_reference(self._untransform(record), stamp))
+        return self.transform(with_reference(self.untransform(record), stamp))
 
     def without_reference(self, record: bytes) -> bytes:
         """Return the record without a reference; one that has none is returned unchanged."""
-        plain = self._untransform(record)
+        plain = self.untransform(record)
         return self.transform(without_reference(plain)) if read_reference(plain) else record

@@ -9,6 +9,8 @@ import uuid
 import boto3
 from botocore.config import Config
 
+from zodb_s3blobs.ownership import MARKER
+
 
 @dataclass(frozen=True)
 class S3Location:
@@ -62,10 +64,11 @@ def boto3_client(location, **config):
 
 
 def keys(location, prefix=""):
-    """Return all keys of a bucket that begin with a prefix, as a sorted list."""
+    """Return all keys of a bucket that begin with a prefix, sorted, but for the owner's mark."""
     paginator = _shared_client(location).get_paginator("list_objects_v2")
     pages = paginator.paginate(Bucket=location.bucket, Prefix=prefix)
-    return sorted(item["Key"] for page in pages for item in page.get("Contents", ()))
+    found = [item["Key"] for page in pages for item in page.get("Contents", ())]
+    return sorted(key for key in found if not key.endswith(MARKER))
 
 
 def _shared_client(location):
