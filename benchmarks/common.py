@@ -102,10 +102,18 @@ def peak_memory():
 
     VmHWM, since ru_maxrss begins with the size of the process that started this one.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
+    peak = peak_memory_of("self")
+    if peak is None:
+        raise LookupError("VmHWM")
+    return peak
+
+
+def peak_memory_of(pid):
+    """Return the largest resident size a process has had, in MiB; None when it has ended."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
-    raise LookupError("VmHWM")
+    return None
 
 
 def bytes_written():
