@@ -214,7 +214,24 @@ class TestSources:
         lost = commit_record(storage, p64(2), record=BLOB_RECORD)
         with pytest.raises(POSKeyError, match=blob_key(p64(2), lost)):
             storage.loadBlob(p64(2), lost)
-        assert client.count("download_file") == 2
+        assert client.count("download_file") == 3
+        storage.close()
+
+    def test_blob_that_moves_meanwhile_is_found(self, s3, tmp_path, old):
+        """From a source to the bucket, after that was asked and before the source is."""
+        directory, tid = old
+        source = BlobDirSource(directory)
+        storage, client = make_storage(s3, tmp_path, sources=[source])
+        fetch = source.fetch
+
+        def migrate(oid, serial, target_path):
+            assert fetch(oid, serial, target_path)
+            client.client.upload_file(target_path, blob_key(oid, serial))
+            os.remove(target_path)
+            return False
+
+        source.fetch = migrate
+        assert load(storage, OID, tid) == b"old"
         storage.close()
 
     def test_source_that_fails_is_not_taken_for_one_that_has_nothing(self, s3, tmp_path, old):
