@@ -29,6 +29,7 @@ from ZODB.blob import Blob
 from ZODB.config import databaseFromURL
 
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.ownership import MARKER
 from zodb_s3blobs.testing.process import ServiceFailed
 from zodb_s3blobs.testing.process import ServiceMissing
 from zodb_s3blobs.testing.server import EmbeddedS3
@@ -208,10 +209,11 @@ def delete(db, sizes):
 
 
 def objects(location):
-    """Return all keys of the bucket with their sizes."""
+    """Return the keys of all blobs in the bucket with their sizes."""
     with closing(boto3_client(location)) as client:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket)
-        return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", ())}
+        found = (item for page in pages for item in page.get("Contents", ()))
+        return {item["Key"]: item["Size"] for item in found if not item["Key"].endswith(MARKER)}
 
 
 def pack(db, location):

@@ -252,10 +252,11 @@ def site(s3, tmp_path, monkeypatch, capsys):
 FILES = {"one": random_bytes("one", 1000), "two": random_bytes("two", 2000)}
 
 
-@SHOWN("-C etc/zope.conf doctor")
-def test_doctor(site):
+@SHOWN("-C etc/zope.conf doctor", "-C etc/zope-new.conf doctor")
+@pytest.mark.parametrize("name", ["zope.conf", "zope-new.conf"])
+def test_doctor(site, name):
     """It tells what works, and the policy."""
-    status, output = site.configure_new().run("-C etc/zope.conf doctor")
+    status, output = site.configure_new(name=name).run(f"-C etc/{name} doctor")
     assert status == 0
     assert re.search("^ok +put ", output, re.MULTILINE)
     assert '"s3:PutObject"' in output

@@ -285,7 +285,7 @@ class Backups:
 
     def __init__(self, s3, safe, directory):
         self.s3, self.safe, self.directory = s3, safe, directory
-        for name in ("etc", "var", "restored", "backup/database"):
+        for name in ("etc", "var"):
             (directory / name).mkdir(parents=True)
         self.shell = Shell(directory, {"site": s3, "safe": safe})
         self.site = self.configure("zope", "var", s3, sweep_after_pack="false", gc_grace=0)
@@ -295,6 +295,7 @@ class Backups:
 
     def configure(self, name, database, location, **options):
         base = filestorage(self.directory / database)
+        options["s3_prefix"] = "main"
         site = Site(location, self.directory, base, cache=f"cache-{name}", options=options)
         site.write()
         os.rename(site.path, self.directory / "etc" / f"{name}.conf")
@@ -338,12 +339,13 @@ def test_each_command_of_the_page_does_what_the_page_says(rclone, s3, tmp_path):
     # Prepare
     assert "held: 1\n" in run("zodb-s3blobs -C etc/zope.conf gc --keep-days 30")
     assert "deleted: 0\n" in run("zodb-s3blobs -C etc/zope.conf gc --keep-days 30 --delete")
-    assert len(keys(s3, "blobs/")) == 3
+    assert len(keys(s3, "main/blobs/")) == 3
     # Back up; what comes after the database and before the bucket does no harm.
+    run("mkdir -p")
     run("repozo -B")
     site.store(a=b"a that is lost", c=b"c that is lost")
     run("rclone copy")
-    assert keys(site.safe, "blobs/") == keys(s3, "blobs/")
+    assert keys(site.safe, "main/blobs/") == keys(s3, "main/blobs/")
     # Prove it
     run("repozo -R -r backup/database -o restored/Data.fs")
     assert "objects: 2\n" in run("zodb-s3blobs -C etc/restored.conf manifest --compare")
@@ -354,16 +356,16 @@ def test_each_command_of_the_page_does_what_the_page_says(rclone, s3, tmp_path):
     safe = "zodb-s3blobs -C etc/safe.conf manifest --compare backup/manifest"
     assert "objects: 2\n" in run(safe)
     with Site(site.safe, tmp_path).bucket() as client:
-        stored = client.head_object(Bucket=site.safe.bucket, Key=lines[0]["key"])
-        client.delete_object(Bucket=site.safe.bucket, Key=lines[0]["key"])
+        stored = client.head_object(Bucket=site.safe.bucket, Key=f"main/{lines[0]['key']}")
+        client.delete_object(Bucket=site.safe.bucket, Key=f"main/{lines[0]['key']}")
     metadata = {name.lower(): value for name, value in stored["Metadata"].items()}
     assert metadata["zodb-sha256"] == lines[0]["sha256"]
     assert "missing: 1\n" in site.run(safe, status=1)
-    site.run("rclone copy --metadata site:my-site-blobs/blobs safe:backup-blobs/blobs")
+    site.run("rclone copy --metadata site:my-site-blobs/main/blobs safe:backup-blobs/main/blobs")
     # Restore, after all was lost
     for path in (tmp_path / "var").glob("Data.fs*"):
         path.unlink()
-    for key in keys(s3, "blobs/"):
+    for key in keys(s3, "main/blobs/"):
         delete(site.site, key)
     run("repozo -R -r backup/database -o var/Data.fs")
     run("rclone copy")

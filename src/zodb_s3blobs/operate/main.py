@@ -48,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 all well; 1 something was found, or failed; 2 the command line or"
         " the configuration is wrong; 3 stopped by --time-limit or Ctrl-C, run it again.",
     )
-    parser.add_argument("-C", "--config", metavar="FILE", help="zope.conf, zeo.conf or the like")
+    parser.add_argument(
+        "-C",
+        "--config",
+        metavar="FILE",
+        help="zope.conf, zeo.conf or the like; by default etc/zope.conf, else etc/zeo.conf",
+    )
     parser.add_argument("--database", metavar="NAME", help="where there are several")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what is logged")
     shared = argparse.ArgumentParser(add_help=False)
