@@ -231,7 +231,7 @@ class Site:
     def upload_spool(self):
         """Upload what is in the spool, and see that it is empty."""
         self.client.before.clear()
-        self.storage.drain_spool()
+        drain(self.storage)
         assert self.files() == []
 
     # What a site does
