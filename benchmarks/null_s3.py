@@ -1,7 +1,8 @@
 """An S3 server that does next to nothing, for what a real one beside it would hold back.
 
 It accepts every PUT and part and drops the body; it answers every GET with one given file, and
-every listing with the keys it was given or has accepted. It checks no signature.
+every listing with the keys it was given or has accepted. It checks no signature. Only the mark that
+tells whose the bucket is comes back as it was.
 
     python -m benchmarks.null_s3 [--body FILE] [--keys FILE]
 
@@ -22,6 +23,7 @@ from urllib.parse import parse_qs
 from urllib.parse import unquote
 from urllib.parse import urlsplit
 
+from zodb_s3blobs.ownership import MARKER
 from zodb_s3blobs.testing.process import end
 from zodb_s3blobs.testing.process import spawn
 from zodb_s3blobs.testing.process import wait_for_line
@@ -74,6 +76,7 @@ class Server(socketserver.ThreadingTCPServer):
             "x-amz-meta-zodb-size": len(body),
             "x-amz-meta-zodb-sha256": hashlib.sha256(body).hexdigest(),
         }
+        self.mark = None
         self.keys = dict.fromkeys(keys)
         self.sorted = []
 
@@ -99,6 +102,8 @@ class Handler(socketserver.StreamRequestHandler):
             for name in re.findall(rb"<Key>(.*?)</Key>", self.rfile.read(size)):
                 self.server.keys.pop(name.decode(), None)
             return self._send(b"<DeleteResult></DeleteResult>")
+        if key.endswith(MARKER):
+            return self._keep_mark(method, size)
         self._drop(size)
         if method == "GET" and key:
             return self._send(self.server.body, **self.server.metadata)
@@ -113,6 +118,16 @@ class Handler(socketserver.StreamRequestHandler):
         if method == "PUT" and "partNumber" not in query and key:
             self.server.keys[key] = None
         return self._send(b"")
+
+    def _keep_mark(self, method, size):
+        if method == "PUT":
+            self.server.mark = self.rfile.read(size)
+            return self._send(b"")
+        if self.server.mark is not None:
+            return self._send(self.server.mark)
+        body = b"<Error><Code>NoSuchKey</Code><Message>no mark</Message></Error>"
+        head = f"HTTP/1.1 404 Not Found\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        return self.connection.sendall(head + body)
 
     def _read_header(self):
         size = 0
