@@ -48,7 +48,7 @@ def fast_directory():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_settings_from_outside():
+def no_settings_from_outside(tmp_path_factory):
     """No test sees the AWS and proxy settings of whoever runs it, or asks for a machine's role."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -56,6 +56,8 @@ def no_settings_from_outside():
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        # What commands leave for their next run
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "*")
         yield

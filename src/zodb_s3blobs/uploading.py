@@ -82,10 +82,11 @@ class BlobUploads:
         """Start the upload of a blob, in the place of an earlier one of the same revision."""
         try:
             self.drop(blob.oid, blob.tid)
-            if blob.key not in self._dropped:
-                self._services.open_keys.add(blob.key)
+            # It may refuse: before the key is entered, which nobody would take out again.
             if blob.is_ours and blob.store is None and self._services.uploader:
                 self._services.uploader.forget(blob.key)
+            if blob.key not in self._dropped:
+                self._services.open_keys.add(blob.key)
             self._blobs[blob.oid, blob.tid] = blob
         except BaseException:
             remove_quietly(blob.path)  # nobody else knows of it yet

@@ -30,10 +30,11 @@ import tempfile
 
 from .latency_proxy import Control
 from .latency_proxy import kind_of
-from .process import end
 from .process import ports_free
 from .process import spawn
 from .process import wait_for_line
+from .proxy import ControlledProxy
+from .proxy import ready_line
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -370,7 +371,7 @@ async def main():
 # In whoever started it
 
 
-class FaultProxy:
+class FaultProxy(ControlledProxy):
     """A running proxy in front of an http endpoint.
 
     :param str upstream: URL of the server.
@@ -383,7 +384,7 @@ class FaultProxy:
         program = [sys.executable, "-m", __name__, *map(str, options)]
         with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
             self._process = spawn(program, cwd=REPOSITORY, stdout=log, stderr=log)
-            _, _, control_port = wait_for_line(self._process, log.name, _ready)
+            _, _, control_port = wait_for_line(self._process, log.name, ready_line)
         self.endpoint_url = f"http://127.0.0.1:{port}"
         self._control = Control(int(control_port))
 
@@ -394,23 +395,6 @@ class FaultProxy:
     def counts(self):
         """Return how many requests came, and met which fault, a dict."""
         return self._control.stats()
-
-    def stop(self):
-        """End the proxy; stopping again does nothing."""
-        if self._process is not None:
-            self._control.close()
-            end(self._process)
-            self._process = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.stop()
-
-
-def _ready(line):
-    return line.split() if line.startswith("ready ") else None
 
 
 def _free_port():

@@ -13,7 +13,24 @@ from .process import wait_for_line
 PROGRAM = Path(__file__).with_name("latency_proxy.py")
 
 
-class LatencyProxy:
+class ControlledProxy:
+    """A proxy in a child process, ``_process``, that is asked by way of ``_control``."""
+
+    def stop(self):
+        """End the proxy; stopping again does nothing."""
+        if self._process is not None:
+            self._control.close()
+            end(self._process)
+            self._process = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.stop()
+
+
+class LatencyProxy(ControlledProxy):
     """A running proxy in front of an http endpoint.
 
     :param str upstream: URL of the server
@@ -26,7 +43,7 @@ class LatencyProxy:
             options += [f"--{name.replace('_', '-')}", str(value)]
         with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
             self._process = spawn([sys.executable, PROGRAM, *options], stdout=log, stderr=log)
-            _, port, control = wait_for_line(self._process, log.name, _ready)
+            _, port, control = wait_for_line(self._process, log.name, ready_line)
         self.endpoint_url = f"http://127.0.0.1:{port}"
         self._control = Control(int(control))
 
@@ -48,19 +65,6 @@ class LatencyProxy:
         """Change the settings; those not named become 0."""
         self._control.set(**settings)
 
-    def stop(self):
-        """End the proxy; stopping again does nothing."""
-        if self._process is not None:
-            self._control.close()
-            end(self._process)
-            self._process = None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.stop()
-
-
-def _ready(line):
+def ready_line(line):
     return line.split() if line.startswith("ready ") else None

@@ -113,12 +113,16 @@ class Export:
             for batch in needs.revisions():
                 new = [need for need in batch if not self._directory.has(need)]
                 bar.update(len(batch) - len(new))
-                copied = []
-                for need in self._tally.of(self._work.each_as_done(new, self._copy)):
-                    copied.append(need)
-                    bar.update(1)
-                self._directory.sync(copied)
-                if len(copied) < len(new):
+                done = 0
+                try:
+                    for _need in self._tally.of(self._work.each_as_done(new, self._copy)):
+                        done += 1
+                        bar.update(1)
+                finally:
+                    # An error of one comes before others are counted that are there, and that the
+                    # next run does not write again.
+                    self._directory.sync(new)
+                if done < len(new):
                     return False
         return True
 

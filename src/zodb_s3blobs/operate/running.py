@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait
 from contextlib import contextmanager
+from functools import partial
 import hashlib
 import json
 import os
@@ -108,6 +109,10 @@ class Work:
         Once `is_stopped` no further item is begun.
         """
         done: SimpleQueue[tuple[T, Future[R]]] = SimpleQueue()
+
+        def tell(item: T, future: "Future[R]") -> None:
+            done.put((item, future))
+
         iterator = iter(items)
         running = 0
         pool = ThreadPoolExecutor(self.workers, "zodb-s3blobs-work")
@@ -119,8 +124,7 @@ class Work:
                     except StopIteration:
                         break
                     running += 1
-                    future = pool.submit(job, item)
-                    future.add_done_callback(lambda future, item=item: done.put((item, future)))  # type: ignore[misc]
+                    pool.submit(job, item).add_done_callback(partial(tell, item))
                 if not running:
                     return
                 try:
