@@ -316,7 +316,8 @@ def test_full_disk_ends_the_run_and_leaves_whole_files(s3, tmp_path, operate):
         status, result = run("export", f"{tmp_path}/disk/blobs", "--workers", "2")
         assert status == 2
         found = exported(tmp_path / "disk" / "blobs")
-        assert 0 < len(found) == result["copied"] < 20
+        # Some are written just when the error comes.
+        assert 0 < result["copied"] <= len(found) < 20
         assert found.items() < expected.items()
         assert os.listdir(tmp_path / "disk" / "blobs" / "tmp") == []
 
