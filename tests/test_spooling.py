@@ -35,6 +35,7 @@ from zodb_s3blobs.interfaces import PermanentS3Error
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.records import read_reference
+from zodb_s3blobs.s3client import S3Client
 from zodb_s3blobs.spool import Spool
 from zodb_s3blobs.storage import S3BlobStorage
 from zodb_s3blobs.testing.server import EmbeddedS3
@@ -1334,8 +1335,7 @@ def test_kill_in_the_middle_of_draining_loses_nothing(world, when):
     world.s3.up()
 
     def work(stand_still):
-        site = world.open(cache="of the child")
-        method, calls = site.client.client.upload_file, count(1)
+        method, calls = S3Client.upload_file, count(1)
 
         def upload_file(*args):
             second = next(calls) == 2
@@ -1345,8 +1345,9 @@ def test_kill_in_the_middle_of_draining_loses_nothing(world, when):
             if second:
                 stand_still()
 
-        site.client.client.upload_file = upload_file
-        site.storage.drain_spool()
+        # Before the storage is opened: it drains by itself at once.
+        S3Client.upload_file = upload_file
+        drain(world.open(cache="of the child").storage)
 
     Child(work).kill()
     site = world.open(cache="empty")
