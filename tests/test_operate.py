@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest.mock import patch
 import urllib.request
 
 import pytest
@@ -60,7 +61,7 @@ class Site:
     def run(self, *arguments):
         """Run a command; return (exit status, standard output, standard error)."""
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ):
             try:
                 status = main(["-C", self.path, *arguments])
             except SystemExit as ended:
@@ -123,6 +124,22 @@ def test_database_is_found_in_any_configuration_of_the_family(tmp_path):
         assert database.config.s3_secret_key.reveal() == "with$dollar"
     text = f"%import zodb_s3blobs\n<zeo>\n address 1\n</zeo>\n{ours(tmp_path, 'third')}"
     assert find_database(conf(tmp_path, text), None).config.bucket_name == "third"
+
+
+def test_environment_of_a_zope_conf_is_set_as_zope_sets_it(tmp_path):
+    """Over that of the process, and when the file has been read: ``$(NAME)`` is older."""
+    text = (
+        "<environment>\n  ZODB_S3BLOBS_ACCESS read-only\n  AWS_PROFILE a Profile\n"
+        "  BUCKET other\n</environment>\n"
+        f"%import zodb_s3blobs\n{ours(tmp_path, '$(BUCKET)')}"
+    )
+    outside = {"AWS_PROFILE": "of the process", "BUCKET": "bucket"}
+    with patch.dict(os.environ, outside):
+        database = find_database(conf(tmp_path, text), None)
+        assert os.environ["AWS_PROFILE"] == "a Profile"
+        assert os.environ["BUCKET"] == "other"
+        assert database.config.bucket_name == "bucket"
+        assert database.is_read_only
 
 
 @pytest.mark.parametrize(
@@ -308,7 +325,7 @@ def test_presigned_url_of_a_blob_is_printed(site):
         assert site.run("presign", wrong)[0] == 2
     status, _out, err = site.run("presign", "0xabcdef")
     assert status == 2
-    assert "there is no blob" in err
+    assert "there is no blob 0xabcdef\n" in err
     db.close()
 
 

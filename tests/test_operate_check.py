@@ -21,6 +21,7 @@ from zodb_s3blobs.interfaces import PermanentS3Error
 from zodb_s3blobs.keys import blob_key
 from zodb_s3blobs.operate import looking
 from zodb_s3blobs.operate import needs as needs_module
+from zodb_s3blobs.operate.findings import COMPLETE
 from zodb_s3blobs.operate.looking import Look
 from zodb_s3blobs.operate.main import main
 from zodb_s3blobs.operate.needs import Needs
@@ -597,3 +598,6 @@ def test_text_has_a_line_for_each_finding(s3, tmp_path, capsys):
         f"missing oid={hexadecimal(need[0])} tid={hexadecimal(need[1])} key={need[2]} path=/Plone/a"
     )
     assert "missing: 1" in lines
+    assert COMPLETE not in lines
+    assert main(["-C", site.path, "check", "--repair"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == COMPLETE

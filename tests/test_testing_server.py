@@ -1,8 +1,10 @@
 """The embedded S3 serves what is in its directory, and ends with the process that started it."""
 
+from contextlib import closing
 from importlib import metadata
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 
@@ -174,3 +176,58 @@ print(os.environ["NO_PROXY"])
     environ = {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": named, "no_proxy": named}
     printed = run_python(SHARED + code, tmp_path, **environ)
     assert printed[2:] == [f"{named},127.0.0.1".lstrip(",")]
+
+
+# As a program
+
+
+def serve(directory, *arguments):
+    """Start the program; return it and the keys that it prints."""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "zodb_s3blobs.testing", directory, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return program, dict(program.stdout.readline().split() for _number in range(4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_program_serves_a_directory_until_a_signal(rclone, tmp_path, number):
+    """With the keys that it prints, which a configuration takes; what was stored stays."""
+    directory, port = tmp_path / "server", 0
+    for expected in (set(), {"key"}):
+        program, keys = serve(directory, "--port", str(port))
+        try:
+            port = keys["s3-endpoint-url"].rpartition(":")[2]
+            client = boto3_client(
+                S3Location(
+                    keys["s3-endpoint-url"],
+                    keys["s3-access-key"],
+                    keys["s3-secret-key"],
+                    keys["bucket-name"],
+                )
+            )
+            with closing(client):
+                found = client.list_objects_v2(Bucket=keys["bucket-name"]).get("Contents", ())
+                assert {each["Key"] for each in found} == expected
+                client.put_object(Bucket=keys["bucket-name"], Key="key", Body=b"bytes")
+        finally:
+            program.send_signal(number)
+            out, err = program.communicate(timeout=60)
+        assert (program.returncode, out, err) == (0, "", "")
+        assert not listens(keys["s3-endpoint-url"])
+
+
+def test_program_says_why_it_cannot_serve(rclone, tmp_path):
+    """A file where the directory would be."""
+    (tmp_path / "server").write_bytes(b"")
+    program = subprocess.run(
+        [sys.executable, "-m", "zodb_s3blobs.testing", tmp_path / "server"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert program.returncode == 1
+    assert program.stderr.startswith("zodb_s3blobs.testing: ")
+    assert len(program.stderr.splitlines()) == 1

@@ -24,6 +24,7 @@ from ..storage import S3BlobStorage
 # Sections with a database in them: of Zope, of ZODB
 DATABASES = ("zodb_db", "zodb")
 OURS = "s3blobstorage"
+ENVIRONMENT = "environment"
 DEFAULT_PATHS = ("etc/zope.conf", "etc/zeo.conf")
 
 
@@ -114,7 +115,9 @@ class _NoDatabase:
 
 
 def find_database(path: str | None, name: str | None) -> Database:
-    """Return the database of a configuration file.
+    """Return the database of a configuration file, and set what its ``<environment>`` says.
+
+    Zope sets that, too, when it has read the file and before it opens a database.
 
     :param path: None looks in the current directory, where an instance has it.
     :param name: None where there is only one with an ``<s3blobstorage>``.
@@ -144,6 +147,7 @@ def find_database(path: str | None, name: str | None) -> Database:
     except ZConfig.ConfigurationError as error:
         # Its line is one of the text above.
         raise UsageError(f"the database {name} in {path}: {error.message}") from error
+    _set_environment(context.top)
     return Database(name, config.storage)
 
 
@@ -157,6 +161,12 @@ class _Context(Context):
 def _parse(path: str, context: _Context, section: Section, defines: dict[str, str]) -> None:
     with open(path, encoding="utf-8") as file:
         ZConfigParser(Resource(file, path), context, defines).parse(section)
+
+
+def _set_environment(tree: Section) -> None:
+    for section in tree.sections:
+        if section.type == ENVIRONMENT:
+            os.environ.update({name: values[-1] for name, values in section.items()})
 
 
 def _storages(tree: Section) -> Iterator[tuple[str, Section]]:

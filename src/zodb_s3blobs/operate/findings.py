@@ -18,6 +18,8 @@ from .task import Task
 # Kinds of suspects: an object that is needed, one that is not, a file of the cache
 NEEDED, OTHER, CACHED = "needed", "other", "cached"
 
+COMPLETE = "Complete: all that is needed is there, and nothing is wrong, as far as this looked."
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS suspect (
     kind TEXT NOT NULL, key TEXT NOT NULL, oid BLOB NOT NULL, tid BLOB NOT NULL,
@@ -223,6 +225,8 @@ def tell(task: Task, findings: Findings) -> None:
         for finding in findings.found():
             print(finding)
         task.tell(counts)
+        if not findings.count_left():
+            print(COMPLETE)
         return
     print('{"findings": [')
     comma = ""

@@ -26,10 +26,19 @@ DAY = 86400
 # An upload that nobody goes on with for so long is given up, unless --keep-days says otherwise.
 UPLOAD_DAYS = 7
 
+EPILOG = (
+    "It counts objects. kept: a revision needs them; in_flight: too young, or of a transaction that"
+    " may still run; foreign: no blob of this database; garbage: no revision needs them; held:"
+    " garbage that stays, for --keep-days. uploads: in parts, and not finished; old ones are those"
+    " that nobody has gone on with for a week, or for --keep-days."
+)
+
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add the parser of this command."""
-    gc = commands.add_parser("gc", parents=[shared], help="report garbage in the bucket, delete it")
+    gc = commands.add_parser(
+        "gc", parents=[shared], help="report garbage in the bucket, delete it", epilog=EPILOG
+    )
     gc.add_argument("--delete", action="store_true", help="delete it; without this only report")
     gc.add_argument(
         "--keep-days",

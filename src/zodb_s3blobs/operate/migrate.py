@@ -142,4 +142,6 @@ def _tell(task: Task, migrations: list[Migration]) -> None:
     text = [line for report in reports for line in lines(report)]
     if task.options.remove_local and not task.options.delete:
         text.append("What was verified can be removed: say --remove-local --delete.")
+    if task.options.delete:
+        text.append("Each of what was removed had been verified just before.")
     task.tell({"places": reports}, "\n".join(text))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ZODB.POSException import POSKeyError
 from ZODB.utils import p64
+from ZODB.utils import u64
 
 from ..interfaces import OtherDatabaseError
 from ..interfaces import ReadOnlyBucketError
@@ -103,7 +104,7 @@ def presign_blob(task: Task) -> int:
             _record, serial = storage.parts.base.storage.load(oid, "")
             url = storage.presigned_url(oid, serial, task.options.expires)
         except POSKeyError as error:
-            raise UsageError(f"there is no blob {task.options.oid.hex()}: {error}") from error
+            raise UsageError(f"there is no blob 0x{u64(oid):x}") from error
         except ValueError as error:
             raise UsageError(str(error)) from error
     if url is None:
