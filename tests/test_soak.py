@@ -58,10 +58,11 @@ class Vandal(Soak):
         client = boto3_client(self.location)
         place = {"Bucket": self.location.bucket}
         found = keys(self.location)
-        self.lost, *others = found
-        client.delete_object(**place, Key=self.lost)
+        # Some are garbage, so one would not do.
+        for key in found[::2]:
+            client.delete_object(**place, Key=key)
         # Somebody else's bytes, with the metadata of what was there.
-        for key in others:
+        for key in found[1::2]:
             old = client.get_object(**place, Key=key)
             body = random_bytes(key, old["ContentLength"])
             client.put_object(**place, Key=key, Body=body, Metadata=old["Metadata"])
