@@ -166,18 +166,17 @@ EXPECTED_FAILURES = [
     ),
 ]
 
+# (kinds, cases, why they are left to ``-m long``)
+LONG = [
+    (
+        "*",
+        "*_race_external_invalidate_vs_disconnect",
+        "64 threads open connections all the time, at switches each 5 us: a minute over ZEO",
+    ),
+]
+
 # (kinds, cases, why they do not run)
 NOT_FOR_US = [
-    (
-        "*control-zeo-*",
-        "FullGenericTests.test_race_external_invalidate_vs_disconnect",
-        "it is about ZEO's clients, and takes 15 seconds; it runs with ours around them",
-    ),
-    (
-        "zeo-s3-*",
-        "FullGenericTests.test_race_external_invalidate_vs_disconnect",
-        "it is about ZEO's clients, and takes 15 seconds; it runs with ours around them",
-    ),
     (
         "s3-zeo-*",
         "FullGenericTests.checkCommitLockVote*",
@@ -208,11 +207,6 @@ NOT_FOR_US = [
         "*relstorage-sqlite3*",
         "RelStorageTests.checkNoConflict*",
         "RelStorage's ZConfig section ignores a persistent cache over SQLite",
-    ),
-    (
-        "*relstorage-*",
-        "RelStorageTests.check_race_external_invalidate_vs_disconnect",
-        "it is about ZEO's clients, and takes a minute",
     ),
     (
         "*relstorage-*",
@@ -251,6 +245,7 @@ def all_cases():
                 marks = [] if kind.s3 else [pytest.mark.control]
                 left_out = reasons(NOT_FOR_US, str(kind), name)
                 failing = reasons(EXPECTED_FAILURES, str(kind), name)
+                marks += [pytest.mark.long for each in reasons(LONG, str(kind), name)]
                 marks += [pytest.mark.skip(reason=each[2]) for each in left_out]
                 marks += [pytest.mark.xfail(reason=each[2], strict=True) for each in failing]
                 met += left_out + failing
