@@ -134,6 +134,21 @@ def test_sound_site_has_no_findings(site, capsys, depth):
     assert site.run(capsys, "check", "--depth", depth)["findings"] == []
 
 
+def test_garbage_that_waits_for_a_sweep_is_named_and_not_wrong(s3, tmp_path, capsys):
+    """A run each night ends with 0, though not each night packs."""
+    site = filestorage_site(s3, tmp_path, gc_grace=0)
+    site.write()
+    with site.open() as db:
+        needs = put_blobs(db, contents("a"))
+    put(site, key := blob_key(needs["a"][0], p64(1)))
+    result = site.run(capsys, "check", status=0)
+    assert [(each["kind"], each["key"]) for each in result["findings"]] == [("orphaned", key)]
+    assert main(["-C", site.path, "check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"orphaned oid={hexadecimal(needs['a'][0])} ")
+    assert lines[-1] == COMPLETE
+
+
 def plant(site, needs, tid):
     """Plant a fault of each kind; return the findings by the depth that has them."""
     oid = needs["orphan"][0]

@@ -212,8 +212,9 @@ class Findings:
         return dict(self._database.execute(query).fetchall())
 
     def count_left(self) -> int:
-        """Return the number of findings that were not mended."""
-        query = "SELECT count(*) FROM finding WHERE coalesce(mended, '') = ''"
+        """Return the number of what is wrong still; garbage that waits for a sweep is not."""
+        wrong = f"coalesce(mended, '') = '' AND kind != '{ORPHANED}'"
+        query = f"SELECT count(*) FROM finding WHERE {wrong}"
         ((count,),) = self._database.execute(query)
         return int(count)
 
