@@ -76,7 +76,10 @@ class Progress:
     def __init__(self, title, count, unit="files"):
         self.title, self.unit = title, unit
         self.count = self.bytes = 0
-        self.bar = tqdm(total=count, unit=unit, unit_scale=True, desc=title, leave=False)
+        # None: only where it is seen
+        self.bar = tqdm(
+            total=count, unit=unit, unit_scale=True, desc=title, leave=False, disable=None
+        )
 
     def add(self, size):
         """Count one more file or object."""

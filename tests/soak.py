@@ -1379,6 +1379,8 @@ EXPECTED_IN_LOG = (
     r"CRITICAL txn\..*: A storage error occurred during the second phase",
     # ZODB's, after a savepoint that failed.
     r"ERROR txn\..*: Error in tpc_abort\(\) on .*, in savepoint\n.*raise KeyError\(ob\)",
+    # ZODB's, after an undo whose end failed.
+    r"ERROR txn\..*: Error in tpc_abort\(\) on .*Undo object.*'NoneType' .* 'tpc_abort'",
 )
 
 

@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 import io
 import json
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -124,6 +125,36 @@ def test_database_is_found_in_any_configuration_of_the_family(tmp_path):
         assert database.config.s3_secret_key.reveal() == "with$dollar"
     text = f"%import zodb_s3blobs\n<zeo>\n address 1\n</zeo>\n{ours(tmp_path, 'third')}"
     assert find_database(conf(tmp_path, text), None).config.bucket_name == "third"
+
+
+def test_environment_that_says_read_only_is_not_overridden(tmp_path):
+    """Whoever puts it before a command means it; and a wrong value is told."""
+    text = "<environment>\n  ZODB_S3BLOBS_ACCESS {}\n</environment>\n%import zodb_s3blobs\n"
+    path = conf(tmp_path, text.format("read-write") + ours(tmp_path, "bucket"))
+    with patch.dict(os.environ, ZODB_S3BLOBS_ACCESS="read-only"):
+        assert find_database(path, None).is_read_only
+    with patch.dict(os.environ):
+        assert not find_database(path, None).is_read_only
+    path = conf(tmp_path, text.format("readonly") + ours(tmp_path, "bucket"))
+    with patch.dict(os.environ), pytest.raises(UsageError, match="readonly"):
+        find_database(path, None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is not the site's user")
+@pytest.mark.parametrize("whose", ["Data.fs", "cache"])
+def test_root_is_sent_to_the_site_s_user(site, tmp_path, whose):
+    """What root makes there the site could not use; nothing is made."""
+    write(db := site.open(), a=b"bytes")
+    db.close()
+    os.chown(tmp_path / whose, 12345, -1)
+    spool = tmp_path / "spool"
+    text = Path(site.path).read_text()
+    Path(site.path).write_text(text.replace("bucket-name", f"spool-dir {spool}\n bucket-name"))
+    for command in ("stats", "check"):
+        status, _out, err = site.run(command)
+        assert (status, "run this as the site's user" in err) == (2, True)
+    assert "run this as the site's user" in " ".join(site.run("doctor")[1].split())
+    assert not spool.exists()
 
 
 def test_environment_of_a_zope_conf_is_set_as_zope_sets_it(tmp_path):
@@ -285,6 +316,13 @@ def test_spool_is_shown_and_uploaded(s3, tmp_path):
     assert site.json("spool", status=1)["spool_blobs"] == 1
     found = site.json("spool", "--drain")
     assert (found["uploaded"], found["spool_blobs"]) == (1, 0)
+    spool = Spool(str(tmp_path / "spool"), (s3.endpoint_url, s3.bucket, ""))
+    path.write_bytes(b"spooled")
+    spool.take([("blobs/1/3.blob", str(path))]).end()
+    spool.close()
+    for file in (tmp_path / "spool" / "blobs").glob("*.blob"):
+        file.unlink()
+    assert site.json("spool", "--drain", status=1)["lost"] == 1
     assert "blobs/1/2.blob" in keys(s3)
 
 
@@ -321,7 +359,7 @@ def test_presigned_url_of_a_blob_is_printed(site):
     assert status == 0
     with urllib.request.urlopen(out.strip()) as answer:
         assert answer.read() == b"bytes"
-    for wrong in ("x", "0x" + "f" * 17, "-1"):
+    for wrong in ("x", "0x" + "f" * 17, "-1", "1f", "0x", "31"):
         assert site.run("presign", wrong)[0] == 2
     status, _out, err = site.run("presign", "0xabcdef")
     assert status == 2

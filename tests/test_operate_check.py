@@ -27,6 +27,7 @@ from zodb_s3blobs.operate.main import main
 from zodb_s3blobs.operate.needs import Needs
 from zodb_s3blobs.operate.objects import Examiner
 from zodb_s3blobs.operate.running import Work
+from zodb_s3blobs.ownership import MARKER
 from zodb_s3blobs.s3client import S3Client
 
 from .checks import cached_path
@@ -38,8 +39,11 @@ from .checks import relstorage_site
 from .checks import Site
 from .checks import Stop
 from .checks import zeo_site
+from .faults import FaultyServer
+from .faults import s3_error
 from .relstorages import Database
 from .services.location import keys
+from .services.location import S3Location
 from .storages import filestorage
 from .storages import PATIENCE
 from .storages import TcpProxy
@@ -132,6 +136,117 @@ def test_sound_site_has_no_findings(site, capsys, depth):
         assert result["counts"]["cached files"] >= 2
         db.pack()
     assert site.run(capsys, "check", "--depth", depth)["findings"] == []
+
+
+def stop_once(monkeypatch):
+    """Let the next check end before it looks again."""
+    confirm = Look.confirm
+
+    def stop(self):
+        monkeypatch.setattr(Look, "confirm", confirm)
+        return False
+
+    monkeypatch.setattr(Look, "confirm", stop)
+
+
+def test_stopped_check_of_a_database_that_was_restored_begins_anew(
+    s3, tmp_path, capsys, monkeypatch
+):
+    """What the restored one needs may have been garbage before."""
+    site = filestorage_site(s3, tmp_path, gc_grace=0)
+    site.write()
+    with site.open() as db:
+        key = put_blobs(db, contents("a", "b"))["b"][2]
+    shutil.copy(tmp_path / "Data.fs", tmp_path / "backup.fs")
+    with site.open() as db:
+        with db.transaction() as connection:
+            del connection.root()["b"]
+        db.pack()
+    stop_once(monkeypatch)
+    site.run(capsys, "check", status=3)
+    shutil.copy(tmp_path / "backup.fs", tmp_path / "Data.fs")
+    os.remove(tmp_path / "Data.fs.index")
+    result = site.run(capsys, "check", status=1)
+    assert [(each["kind"], each["key"]) for each in result["findings"]] == [("missing", key)]
+
+
+def test_stopped_check_of_a_database_that_went_on_is_gone_on_with(site, capsys, monkeypatch):
+    """What has been looked at is not looked at again."""
+    with site.open() as db:
+        put_blobs(db, contents("a", "b"))
+        stop_once(monkeypatch)
+        site.run(capsys, "check", status=3)
+        with db.transaction() as connection:
+            connection.root()["later"] = "a change"
+    with monkeypatch.context() as patch:
+        patch.setattr(Look, "_compare_bucket", lambda self: pytest.fail("begun anew"))
+        assert site.run(capsys, "check")["counts"]["objects"] >= 2
+
+
+def test_stopped_check_of_another_server_is_not_gone_on_with(s3, tmp_path, capsys, monkeypatch):
+    """Also where the environment says which it is."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint_url)
+    site = filestorage_site(s3, tmp_path)
+    text = site.text()
+    site.text = lambda: text.replace(f"s3-endpoint-url {s3.endpoint_url}\n", "")
+    site.write()
+    with site.open() as db:
+        key = put_blobs(db, contents("a"))["a"][2]
+    stop_once(monkeypatch)
+    site.run(capsys, "check", status=3)
+    with FaultyServer(s3.endpoint_url) as other:
+        other.instead = lambda request: None
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", other.endpoint_url)
+        with site.bucket() as client:
+            client.delete_object(Bucket=s3.bucket, Key=key)
+        result = site.run(capsys, "check", status=1)
+    assert [each["kind"] for each in result["findings"]] == ["missing"]
+
+
+def test_what_the_owner_needs_is_no_garbage_for_a_copy(s3, tmp_path, capsys):
+    """A bucket of another database is a finding, and nothing in it is orphaned."""
+    site = filestorage_site(s3, tmp_path, gc_grace=0)
+    site.write()
+    with site.open() as db:
+        needs = put_blobs(db, contents("a"))
+    put(site, blob_key(needs["a"][0], p64(1)))
+    os.remove(tmp_path / "Data.fs.s3blobs")
+    (finding,) = site.run(capsys, "check", status=1)["findings"]
+    assert (finding["kind"], finding["key"]) == ("foreign", MARKER)
+    assert "another database's" in finding["note"]
+
+
+def test_damaged_file_in_the_spool_is_found_where_all_is_read(s3, tmp_path, capsys):
+    """It is nowhere else; a good one waits, and the text says that."""
+    site = filestorage_site(
+        s3, tmp_path, spool_dir=tmp_path / "spool", on_upload_failure="spool", s3_max_attempts=1
+    )
+    site.write()
+    with site.open() as db:
+        put_blobs(db, contents("before"))
+    with FaultyServer(s3.endpoint_url) as server:
+        site.location = S3Location(server.endpoint_url, s3.access_key, s3.secret_key, s3.bucket)
+        site.write()
+
+        def refuse(request):
+            raise ConnectionError("says the test")
+
+        server.instead = refuse
+        with site.open() as db:
+            put_blobs(db, contents("a"))
+        server.instead = lambda request: (
+            s3_error(503, "SlowDown") if request.method == "PUT" else None
+        )
+        (path,) = (tmp_path / "spool" / "blobs").glob("*.blob")
+        capsys.readouterr()
+        assert main(["-C", site.path, "check", "--depth", "read"]) == 0
+        assert capsys.readouterr().out.endswith("1 of it are not in the bucket yet.\n")
+        os.chmod(path, 0o600)
+        path.write_bytes(b"bad")
+        (finding,) = site.run(capsys, "check", "--depth", "read", status=1)["findings"]
+        assert finding["kind"] == "wrong digest"
+        assert "in the spool" in finding["note"]
+        path.unlink()
 
 
 def test_garbage_that_waits_for_a_sweep_is_named_and_not_wrong(s3, tmp_path, capsys):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from ZODB.blob import Blob
 from ZODB.utils import p64
 
 from zodb_s3blobs import garbage
@@ -30,6 +31,7 @@ from .services.location import boto3_client
 from .services.location import keys
 from .services.location import new_bucket
 from .storages import make_client
+from .storages import read
 from .storages import TcpProxy
 
 
@@ -138,6 +140,26 @@ class TestDeleting:
         for options in (["--delete"], ["--keep-days", "3"]):
             assert "access is read-only" in quick_site.run(capsys, "gc", *options, status=2)
         assert keys(quick_site.location) == sorted(made)
+
+    def test_read_only_access_deletes_what_the_copy_has_stored(self, quick_site, tmp_path, capsys):
+        """In its own directory, which the report names; production's objects stay."""
+        made = rewrite(quick_site)
+        local = tmp_path / "local"
+        options = {"access": "read-only", "local_blob_dir": local, "sweep_after_pack": "false"}
+        quick_site.options = {**(quick_site.options or {}), **options}
+        quick_site.write()
+        with quick_site.open() as db:
+            for data in (b"one", b"two"):
+                with db.transaction() as connection:
+                    connection.root()["local"] = Blob(data)
+            db.pack()
+        assert len([*local.rglob("*.blob")]) == 2
+        found = quick_site.run(capsys, "gc", "--delete")
+        assert (found["in"], found["deleted"]) == (str(local), 1)
+        assert len([*local.rglob("*.blob")]) == 1
+        assert keys(quick_site.location) == sorted(made)
+        with quick_site.open() as db, db.transaction() as connection:
+            assert read(connection.root()["local"]) == b"two"
 
     def test_text_tells_how_to_go_on(self, quick_site, capsys):
         """People read it without --json."""

@@ -526,6 +526,23 @@ def test_site_reads_all_the_time(s3, tmp_path, operate):
     assert [*BlobDirectory(f"{tmp_path}/blobs").blobs()] == []
 
 
+def test_file_is_removed_only_when_its_object_was_read(s3, tmp_path, operate):
+    """What an object says of itself does not prove that its bytes are still those."""
+    (key,) = old_database(tmp_path, 1)
+    run = operate(s3)
+    arguments = "--from-blob-dir", f"{tmp_path}/blobs", "--remove-local", "--delete"
+    assert run("migrate", *arguments[:2])[0] == 0
+    client = boto3_client(s3)
+    head = client.head_object(Bucket=s3.bucket, Key=key)
+    body = bytes(head["ContentLength"])
+    client.put_object(Bucket=s3.bucket, Key=key, Body=body, Metadata=head["Metadata"])
+    before = files_below(tmp_path / "blobs")
+    status, result = run("migrate", *arguments)
+    place = place_of(result)
+    assert (status, place["removed"], place["different"]) == (1, 0, 1)
+    assert files_below(tmp_path / "blobs") == before
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_bucket_of_another_database_is_not_written(s3, tmp_path, operate, is_full):
     """Its mark is respected, though nothing is missing: no file is removed, either."""

@@ -105,6 +105,29 @@ def test_file_beside_that_was_copied_too_is_no_proof(s3, production):
     assert identity_of_file(str(moved / "Data.fs")).id == one.id
 
 
+def test_copy_that_got_the_same_inodes_is_no_proof(production, monkeypatch):
+    """As one does on a new file system; the file knows the generation of its inode, too."""
+    path = str(production / "Data.fs")
+    one = identity_of_file(path)
+    monkeypatch.setattr(ownership, "generation_of", lambda file: None)
+    assert identity_of_file(path) == one  # by a way to the file that does not tell it
+    monkeypatch.setattr(ownership, "generation_of", lambda file: 123)
+    other = identity_of_file(path)
+    assert other.id != one.id
+    assert identity_of_file(path) == other
+
+
+def test_generation_tells_files_apart(tmp_path):
+    """It stays the same, and that of another file is another one."""
+    found = []
+    for name in ("one", "two", "one"):
+        with open(tmp_path / name, "ab") as file:
+            found.append(ownership.generation_of(file.fileno()))
+    if found[0] is None:
+        pytest.skip("this file system does not tell generations")
+    assert found[0] == found[2] != found[1]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"id": 1}', "\xff"])
 def test_damaged_file_beside_makes_another_database(production, text, caplog):
     """Rather than a wrong belief; the log says why."""
@@ -252,8 +275,9 @@ class Marks:
         self._before("read")
         return self.objects.get(key)
 
-    def write_small(self, key, data, only_new=False):
+    def write_small(self, key, data, only_new=False, or_replace=True):
         self.calls.append("write")
+        self.replaces = or_replace
         self._before("write")
         if not (only_new and key in self.objects):
             self.objects[key] = data
@@ -286,7 +310,7 @@ def test_write_that_another_one_is_in_the_way_of_is_tried_again():
     """A 409 says nothing of whose the bucket is."""
 
     class Busy(Marks):
-        def write_small(self, key, data, only_new=False):
+        def write_small(self, *args, **kw):
             self.calls.append("write")
 
     with pytest.raises(TransientS3Error):
@@ -309,6 +333,8 @@ def test_mark_that_policies_do_not_know_stops_no_site_and_all_sweeps(caplog, als
     marks, mine = Denied(), owner("mine")
     for _time in range(2):
         mine.check(marks)
+    if also == "read_small":
+        assert not marks.replaces  # what nobody can read may be there
     assert caplog.text.count("mark of the owner cannot be had") == 1
     with pytest.raises(PermanentS3Error):
         mine.check(marks, anew=True)

@@ -551,13 +551,32 @@ def test_half_a_word_does_not_spoil_the_next_one(any_host):
     any_host.check_drained(1, 2)
 
 
-def test_transaction_that_never_voted_is_not_uploaded(any_host, victim):
-    """Where the end of its journal is missing it cannot have committed."""
-    any_host.keep(1)
+def test_transaction_that_never_voted_changes_nothing_in_the_bucket(any_host):
+    """What its journal lists is uploaded where nothing is, for the disk may have lost the end."""
+    any_host.keep(1, 2, 3)
     path = any_host.journal()
     path.write_text(path.read_text().replace("complete\n", ""))
+    there = any_host.stage(2)
+    any_host.bucket.upload_file(there[0][1], key_of(2))
+    any_host.contents[key_of(2)] = Path(there[0][1]).read_bytes()
+    (broken,) = any_host.spool_dir.glob(f"blobs/{'-'.join(key_of(3)[6:-5].split('/'))}-*.blob")
+    broken.chmod(0o600)
+    broken.write_bytes(b"half")
     any_host.drain()
-    any_host.check_drained()
+    any_host.check_drained(1, 2)
+
+
+def test_journal_that_lost_its_lines_keeps_its_files(any_host, caplog):
+    """A journal is on the disk before its files, so an empty one has been damaged."""
+    any_host.keep(1)
+    path = any_host.journal()
+    data = path.read_bytes()
+    path.write_bytes(b"")
+    any_host.drain()
+    assert caplog.text.count("spool has a damaged journal") == 1
+    path.write_bytes(data)
+    any_host.drain()
+    any_host.check_drained(1)
 
 
 # The end of a transaction

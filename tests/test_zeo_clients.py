@@ -13,6 +13,7 @@ import transaction
 from transaction.interfaces import TransientError
 from ZEO.ClientStorage import ClientStorage
 from ZEO.Exceptions import ClientDisconnected
+from ZEO.Exceptions import ServerException
 from ZODB.blob import Blob
 from ZODB.config import databaseFromString
 from ZODB.config import storageFromString
@@ -25,8 +26,10 @@ from ZODB.POSException import Unsupported
 from ZODB.serialize import referencesf
 from zope.interface import providedBy
 
+from zodb_s3blobs import zeobase
 from zodb_s3blobs.interfaces import TransientS3Error
 from zodb_s3blobs.keys import blob_key
+from zodb_s3blobs.zeobase import ZeoBase
 
 from .faults import FaultyServer
 from .faults import s3_error
@@ -197,6 +200,33 @@ class TestTwoClients:
         assert (one.read("a"), two.read("a")) == (2, 2)
         assert cluster.objects() == objects
         cluster.check_packed(a=2)
+
+    @pytest.mark.parametrize("times, succeeds", [(2, True), (99, False)])
+    def test_undo_meets_the_end_of_a_pack_on_the_server(
+        self, cluster, monkeypatch, times, succeeds
+    ):
+        """There a FileStorage is without its file for a moment, and its iterator not to be had."""
+        one, two = cluster.here("one"), cluster.here("two")
+        one.commit(1, "a")
+        one.commit(2, "a")
+        ask, missing = ZeoBase._ask, []
+
+        def ask_without_a_file(self, method, *arguments):
+            if method == "iterator_start" and len(missing) < times:
+                missing.append(method)
+                error = "builtins.FileNotFoundError", (2, "No such file or directory")
+                raise ServerException(*error)
+            return ask(self, method, *arguments)
+
+        monkeypatch.setattr(zeobase, "PAUSES", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(ZeoBase, "_ask", ask_without_a_file)
+        if succeeds:
+            one.last_undone()
+        else:
+            with pytest.raises(ServerException):
+                one.last_undone()
+        assert len(missing) == min(times, 4)
+        assert two.read("a") == (1 if succeeds else 2)
 
     def test_creation_that_the_other_client_undoes_comes_back_with_its_redo(self, cluster):
         """An object without a record, whose blob stays until a pack."""

@@ -12,6 +12,8 @@ from typing import Any
 from ZODB.POSException import StorageTransactionError
 from ZODB.utils import z64
 
+from .interfaces import OtherDatabaseError
+from .interfaces import ReadOnlyBucketError
 from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 from .keys import new_stamp
@@ -282,6 +284,8 @@ class TransactionBlobs:
         cleanup = self._services.pool.start(lambda cancelled: self._clean_up(delete))
         try:
             cleanup.future.result(ABORT_TIMEOUT)
+        except (OtherDatabaseError, ReadOnlyBucketError):
+            pass  # so nothing came there
         except S3OperationError as error:
             # The transaction is aborted; what remains in the bucket is garbage for a sweep.
             logger.warning("abort may have left objects behind %s: %s", self, error)

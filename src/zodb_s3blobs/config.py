@@ -30,6 +30,10 @@ from .storage import S3BlobStorage
 from .uploads import UploadPool
 
 
+# Says for a process what the key "access" says for a database
+ACCESS = "ZODB_S3BLOBS_ACCESS"
+READ_ONLY = "read-only"
+
 _bytes = SuffixMultiplier({"kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40})
 
 
@@ -226,16 +230,15 @@ class S3BlobStorageFactory(BaseConfig):
 
     def _access(self) -> str:
         """Return what the environment says, else the configuration."""
-        name = "ZODB_S3BLOBS_ACCESS"
         try:
-            return access(os.environ.get(name) or self.config.access)
+            return access(os.environ.get(ACCESS) or self.config.access)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{ACCESS}: {error}") from None
 
     @property
     def is_read_only(self) -> bool:
         """Whether nothing is written to the bucket, or deleted there."""
-        return self._access() == "read-only"
+        return self._access() == READ_ONLY
 
     def open(self, database_name: str = "unnamed", databases: Any = None) -> S3BlobStorage:
         """Open the base and the cache; S3 is not asked for anything yet."""
@@ -287,6 +290,11 @@ class S3BlobStorageFactory(BaseConfig):
         """
         owner = self.config.owner
         return Ownership(partial(identity_of_name, owner) if owner else base.identity)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Endpoint, bucket and prefix, by which things outside the bucket know it."""
+        return _place(self.config)
 
     def client(self, is_read_only: bool = True, kind: type[S3Client] = S3Client) -> S3Client:
         """Return a client of the bucket, which asks no database whose it is."""

@@ -186,8 +186,7 @@ class SpoolUploader:
     def _drain(
         self, journal: Journal, report: DrainReport, failures: list[S3OperationError | OSError]
     ) -> None:
-        # What never voted is not wanted.
-        entries, kept = iter(journal.entries if journal.may_have_voted else ()), 0
+        entries, kept = iter(() if journal.is_aborted else journal.entries), 0
         # The first alone: while S3 is down it tries for all.
         while batch := list(islice(entries, AT_ONCE if report.uploaded else 1)):
             self._running = running = []
@@ -225,6 +224,8 @@ class SpoolUploader:
 
         :raises S3OperationError: when S3 does not take it.
         """
+        if not journal.is_complete and self._is_unwanted(entry):
+            return self._let_go(journal, entry, _Outcome.THERE)
         was_there = entry.key in journal.done or entry.path in self._uploaded
         # Asked again: a pack may have taken it for garbage before it was restored once more.
         if was_there and self._client.head_object(entry.key) is not None:
@@ -245,6 +246,16 @@ class SpoolUploader:
         # Where the disk takes no note of it.
         self._uploaded.add(entry.path)
         return self._let_go(journal, entry, _Outcome.UPLOADED)
+
+    def _is_unwanted(self, entry: SpooledBlob) -> bool:
+        """Tell whether what never voted, as it seems, is nothing but that.
+
+        What the bucket does not have does no harm there, and may be all that there is.
+        """
+        try:
+            return self._client.head_object(entry.key) is not None or not entry.is_intact()
+        except FileNotFoundError:
+            return True
 
     def _let_go(self, journal: Journal, entry: SpooledBlob, outcome: _Outcome) -> _Outcome:
         journal.note_done(entry)

@@ -3,7 +3,8 @@
 ::
 
     {digest} {size} {key}       a blob; these lines are durable before the first file comes
-    complete                    all files are durable: the transaction may vote
+    complete                    all files are durable: the transaction may vote; without this line a
+                                file is uploaded only where the bucket has nothing under its key
     aborted                     the files go, for the transaction has not committed
     done {key}                  a file goes, for the blob is in the bucket, or wanted no more
 
@@ -128,12 +129,19 @@ class Journal:
     """What a transaction that has ended has left in the spool."""
 
     def __init__(
-        self, path: str, file: int, entries: list[SpooledBlob], may_have_voted: bool
+        self,
+        path: str,
+        file: int,
+        entries: list[SpooledBlob],
+        is_complete: bool,
+        is_aborted: bool = False,
     ) -> None:
         self.path = path
         self.entries = entries
-        #: if not, nothing of it is needed
-        self.may_have_voted = may_have_voted
+        #: if not, it has not voted, or a damaged disk has lost the line that says so
+        self.is_complete = is_complete
+        #: if so, nothing of it is needed
+        self.is_aborted = is_aborted
         #: keys of those that are in the bucket, or have been there, or are wanted no more
         self.done: set[str] = set()
         #: whether it has lines that nobody can read
@@ -177,10 +185,12 @@ class Journal:
                 digest, size, key = match.groups()
                 entries.append(SpooledBlob(key, int(size), digest, path_of(key, path)))
         is_aborted = ABORTED in lines
-        is_damaged = len(entries) < len(blobs) and not is_aborted
+        # A journal is on the disk before its files: so it has lost lines then.
+        has_lost = not blobs and _has_files(path_of("", path))
+        is_damaged = has_lost or (len(entries) < len(blobs) and not is_aborted)
         # Any line that nobody can read may have been "complete".
         is_complete = COMPLETE in lines or is_damaged
-        journal = cls(path, file, entries, is_complete and not is_aborted)
+        journal = cls(path, file, entries, is_complete, is_aborted)
         journal.done, journal.is_damaged = done, is_damaged
         return journal
 
@@ -198,6 +208,12 @@ class Journal:
     def close(self) -> None:
         """Let others have it."""
         _unlock(self._file)
+
+
+def _has_files(path: str) -> bool:
+    """Tell whether there are files of a journal, whose names end as that of a path."""
+    directory, ending = os.path.split(path)
+    return any(name.endswith(ending) for name in os.listdir(directory))
 
 
 def digest_in(path: str, key: str) -> str | None:

@@ -10,6 +10,8 @@ import fcntl
 import json
 import logging
 import os
+import struct
+import sys
 import threading
 import time
 from typing import Any
@@ -20,6 +22,7 @@ from .directories import sync
 from .forks import begin_in_children
 from .interfaces import OtherDatabaseError
 from .interfaces import PermanentS3Error
+from .interfaces import S3OperationError
 from .interfaces import TransientS3Error
 
 
@@ -42,7 +45,8 @@ def identity_of_file(path: str) -> Identity:
     """Return the identity of a database in a file, which a file beside it keeps.
 
     That knows the inodes of itself and of its directory, so that a copy of both is another
-    database, also where its files are links.
+    database, also where its files are links. On a new file system a copy may get the same numbers,
+    but hardly the same generation.
 
     :raises OSError: when it can be neither read nor made.
     """
@@ -60,11 +64,25 @@ def identity_of_file(path: str) -> Identity:
 def _identity_in(file: TextIO, directory: int) -> str | None:
     try:
         told = json.load(file)
-        if (told["inode"], told["directory"]) == (os.fstat(file.fileno()).st_ino, directory):
+        inode, generation = os.fstat(file.fileno()).st_ino, generation_of(file.fileno())
+        # Whether it is told depends on the way to the file system, such as NFS.
+        if (told["inode"], told["directory"]) == (inode, directory) and (
+            None in (generation, told.get("generation")) or generation == told["generation"]
+        ):
             return str(told["id"])
     except (ValueError, KeyError, TypeError):
         pass  # of another directory, half written by somebody else just now, or damaged
     return None
+
+
+def generation_of(file: int) -> int | None:
+    """Return a number that tells a file from others that had its inode, None where none does."""
+    try:
+        # linux/fs.h, FS_IOC_GETVERSION; ext4, XFS and Btrfs choose it at random, and keep it.
+        answer = fcntl.ioctl(file, 0x80007601 | struct.calcsize("l") << 16, bytes(8))
+    except OSError:
+        return None
+    return int.from_bytes(answer[:4], sys.byteorder)
 
 
 def _new_identity(path: str, directory: int, database: os.stat_result) -> str:
@@ -83,6 +101,7 @@ def _new_identity(path: str, directory: int, database: os.stat_result) -> str:
                 return _new_identity(path, directory, database)
             identity = os.urandom(16).hex()
             told = {"id": identity, "inode": status.st_ino, "directory": directory}
+            told["generation"] = generation_of(file)
             if os.geteuid() == 0:
                 # An operator's command must not leave the site what it cannot read.
                 os.fchown(file, database.st_uid, database.st_gid)
@@ -138,9 +157,26 @@ class Ownership:
                 self._is_known = True
                 return
             owner, name = read_mark(found)
-            if owner.startswith(_NAMED) if identity is None else owner != identity.id:
+            if _is_others(identity, owner):
                 raise _other(identity, name)
             self._is_known = True
+
+    def is_others(self, client: Any) -> bool:
+        """Tell whether the bucket is known to be another database's; nothing is written."""
+        try:
+            found = client.read_small(MARKER)
+            return found is not None and _is_others(self._identity(), read_mark(found)[0])
+        except S3OperationError:
+            return False
+
+    @property
+    def id(self) -> str | None:
+        """What tells the database from others, None where that cannot be had."""
+        try:
+            identity = self._identity()
+        except TransientS3Error:
+            return None
+        return identity and identity.id
 
     def _identity(self) -> Identity | None:
         try:
@@ -154,17 +190,19 @@ class Ownership:
 
     def _find(self, client: Any, identity: Identity | None, marks: bool) -> bytes | None:
         """Return the mark, and make it where there is none."""
+        found: bytes | None = None
+        is_told = True
         try:
-            found: bytes | None = client.read_small(MARKER)
+            found = client.read_small(MARKER)
         except PermanentS3Error:
             if not marks or identity is None:
                 raise
-            found = None  # missing, perhaps, where nobody may list
+            is_told = False  # missing, perhaps, where nobody may list
         if found is not None or identity is None:
             return found
         if not marks:
             raise _unmarked()
-        client.write_small(MARKER, _text(identity), only_new=True)
+        client.write_small(MARKER, _text(identity), only_new=True, or_replace=is_told)
         # Another one may have been faster.
         found = client.read_small(MARKER)
         if found is None:
@@ -195,6 +233,10 @@ def read_mark(found: bytes | None) -> tuple[str, str]:
         return str(told["database"]), f"{told['name']} (since {told['since']})"
     except (ValueError, KeyError, TypeError):
         return "", "somebody whose mark cannot be read"
+
+
+def _is_others(identity: Identity | None, owner: str) -> bool:
+    return owner.startswith(_NAMED) if identity is None else owner != identity.id
 
 
 def _unmarked() -> OtherDatabaseError:

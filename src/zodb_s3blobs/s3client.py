@@ -228,10 +228,13 @@ class S3Client(S3Reader):
                 return None
             raise
 
-    def write_small(self, s3_key: str, data: bytes, only_new: bool = False) -> None:
+    def write_small(
+        self, s3_key: str, data: bytes, only_new: bool = False, or_replace: bool = True
+    ) -> None:
         """Store the bytes of an object that is no blob.
 
-        :param bool only_new: leave one that is there; where the server cannot do that, replace it.
+        :param bool only_new: leave one that is there.
+        :param bool or_replace: where the server cannot do that, replace it; else it is an error.
         """
         from botocore.exceptions import ClientError
 
@@ -241,9 +244,12 @@ class S3Client(S3Reader):
             try:
                 self._put(s3_key, data, metadata, {"IfNoneMatch": "*"} if only_new else {})
             except ClientError as error:
-                if not only_new or status_of(error) not in (400, 409, 412, 501):
+                status = status_of(error)
+                if not only_new or status not in (400, 409, 412, 501):
                     raise
-                if status_of(error) in (400, 501):
+                if status in (400, 501):
+                    if not or_replace:
+                        raise
                     self._put(s3_key, data, metadata)
 
     def upload_file(

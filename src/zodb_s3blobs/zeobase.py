@@ -5,6 +5,7 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+import time
 from typing import Any
 
 from ZEO.Exceptions import ServerException
@@ -24,6 +25,8 @@ from .historybase import HistoryBase
 
 # Seconds. Answers come from an index, or from a file that is read from its end.
 PATIENCE = 300.0
+# Seconds between questions that meet the end of a pack
+PAUSES = (0.01, 0.1, 0.5, 1.0, 2.0)
 # At the same time. The server answers one after the other; more only hide the way there and back.
 QUESTIONS = 8
 # Objects whose revisions are held in memory at the same time.
@@ -158,12 +161,23 @@ class ZeoBase(HistoryBase):
         return history
 
     def stored_by(self, tid: bytes) -> Iterator[tuple[bytes, bytes | None]]:
-        iterator = self._ask("iterator_start", tid, tid)
+        iterator = self._start_iterator(tid)
         while self._ask("iterator_next", iterator) is not None:
             records = self._ask("iterator_record_start", iterator, tid)
             while (record := self._ask("iterator_record_next", records)) is not None:
                 oid, _tid, data, _back = record
                 yield oid, data and self._as_base_has_it(oid, tid, data)
+
+    def _start_iterator(self, tid: bytes) -> Any:
+        for pause in PAUSES:
+            try:
+                return self._ask("iterator_start", tid, tid)
+            except ServerException as error:
+                # At the end of a pack a FileStorage is without its file for a moment.
+                if "FileNotFoundError" not in str(error):
+                    raise
+                time.sleep(pause)
+        return self._ask("iterator_start", tid, tid)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Ask the server; a client drops answers that it refuses to unpickle, and waits for ever.

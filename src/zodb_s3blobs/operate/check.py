@@ -5,7 +5,10 @@ from collections.abc import Callable
 from contextlib import closing
 import os
 import sqlite3
+import sys
 from typing import Any
+
+from ZODB.utils import z64
 
 from .configuration import UsageError
 from .findings import Findings
@@ -20,9 +23,11 @@ from .task import Task
 
 
 # Of the files that stopped checks leave
-VERSION = 1
+VERSION = 2
 # Seconds after which a stopped check is not gone on with
 EXPIRES = 7 * 86400
+
+NOTHING = "zodb-s3blobs: there is no blob at all in this place: check bucket-name and s3-prefix"
 
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -52,12 +57,15 @@ def run(task: Task) -> int:
     path = _path(task)
     try:
         with closing(Findings(path, EXPIRES)) as findings:
+            _begin(task, findings)
             # Each with all that has been committed and packed meanwhile
             if not all(_run(task, findings, step) for step in (Look.read_all, Look.confirm, _end)):
                 task.tell({"stopped": True}, "stopped; run it again, and it goes on there")
                 return STOPPED
             tell(task, findings)
             left = findings.count_left()
+            if not findings.counts.get("objects") and findings.counts.get("revisions"):
+                print(NOTHING, file=sys.stderr)
             findings.remove()
     except sqlite3.OperationalError as error:
         raise UsageError(f"{path}: {error}") from error
@@ -65,6 +73,27 @@ def run(task: Task) -> int:
         os.remove(path)
         raise UsageError(f"{path} was damaged, and is removed: run it again") from error
     return FINDINGS if left else OK
+
+
+def _begin(task: Task, findings: Findings) -> None:
+    """Forget what an earlier run has found where the database has not merely gone on since."""
+    with closing(task.database.open_to_read()) as storage:
+        if not goes_on(storage, bytes.fromhex(findings.needs.recall("last", z64.hex()))):
+            findings.clear()
+        findings.needs.note("last", storage.lastTransaction().hex())
+        findings.commit()
+
+
+def goes_on(storage: Any, tid: bytes) -> bool:
+    """Tell whether a database has a transaction still: one that was restored may have not."""
+    if tid in (z64, last := storage.lastTransaction()):
+        return True
+    base = storage.parts.base.storage
+    if tid > last:
+        return False
+    if not getattr(base, "supportsUndo", bool)():
+        return True  # without history it need not be there
+    return any(transaction.tid == tid for transaction in base.iterator(tid, tid))
 
 
 def _run(task: Task, findings: Findings, step: Callable[[Look], bool]) -> bool:
@@ -76,12 +105,14 @@ def _end(look: Look) -> bool:
     if not look.drop_packed() or not look.mend():
         return False
     look.name()
+    look.tell_owner()
     return True
 
 
 def _path(task: Task) -> str:
     """Return where this check keeps how far it is."""
-    config, options = task.database.config, task.options
-    place = config.s3_endpoint_url, config.bucket_name, config.s3_prefix, config.cache_dir
-    state = State("check", VERSION, task.database.name, place, options.depth, options.cache)
+    options = task.options
+    with closing(task.database.open_to_read()) as storage:
+        place = [*task.database.place(storage), task.database.config.cache_dir]
+    state = State("check", VERSION, place, options.depth, options.cache)
     return f"{state.path}.sqlite"

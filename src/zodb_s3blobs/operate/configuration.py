@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import io
 import os
+import pwd
 from typing import Any
 from urllib.parse import unquote
 from urllib.parse import urlsplit
@@ -15,6 +16,8 @@ from ZConfig.schemaless import Section
 from ZODB.config import getStorageSchema
 from ZODB.POSException import StorageError
 
+from ..config import ACCESS
+from ..config import READ_ONLY
 from ..config import S3BlobStorageFactory
 from ..ownership import Ownership
 from ..s3client import S3Client
@@ -56,8 +59,10 @@ class Database:
     def open(self) -> Any:
         """Return an `S3BlobStorage`, open to write.
 
-        :raises UsageError: when another process has the database, or it is not there.
+        :raises UsageError: when another process has the database, or it is not there; or when root
+            would leave directories there that the site cannot use.
         """
+        self._check_user()
         try:
             storage = self._factory.open()
         except (StorageError, OSError, ValueError) as error:
@@ -76,6 +81,20 @@ class Database:
             storage = storage.base
         return storage
 
+    def _check_user(self) -> None:
+        if os.geteuid() != 0:
+            return
+        base = self.config.base.config
+        while hasattr(base, "base"):
+            base = base.base.config  # a wrapper
+        places = getattr(base, "path", None), self.config.cache_dir, self.config.spool_dir
+        for place in filter(os.path.exists, filter(None, places)):
+            if owner := os.stat(place).st_uid:
+                raise UsageError(
+                    f"run this as the site's user: {place} is of user {_name_of(owner)}, who cannot"
+                    " use what root makes"
+                )
+
     def open_to_read(self) -> Any:
         """Return an `S3BlobStorage` over a base that is only read, also while the site runs.
 
@@ -92,9 +111,20 @@ class Database:
         """Return an `S3Client` of the bucket, which does not ask whose that is."""
         return self._ours.client(read_only, kind)
 
+    def place(self, storage: Any) -> list[Any]:
+        """Return what tells a database and its bucket from others, for what a run leaves."""
+        return [self.name, *self._ours.place, self.ownership(storage).id]
+
     def ownership(self, storage: Any) -> Ownership:
         """Return what tells whether the bucket is that of a storage of this database."""
         return self._ours.ownership(storage.parts.base)
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 class _NoDatabase:
@@ -148,7 +178,12 @@ def find_database(path: str | None, name: str | None) -> Database:
         # Its line is one of the text above.
         raise UsageError(f"the database {name} in {path}: {error.message}") from error
     _set_environment(context.top)
-    return Database(name, config.storage)
+    database = Database(name, config.storage)
+    try:
+        database.is_read_only  # noqa: B018  (the environment may say what nobody understands)
+    except ValueError as error:
+        raise UsageError(f"the database {name} in {path}: {error}") from error
+    return database
 
 
 class _Context(Context):
@@ -164,9 +199,13 @@ def _parse(path: str, context: _Context, section: Section, defines: dict[str, st
 
 
 def _set_environment(tree: Section) -> None:
+    was_read_only = os.environ.get(ACCESS) == READ_ONLY
     for section in tree.sections:
         if section.type == ENVIRONMENT:
             os.environ.update({name: values[-1] for name, values in section.items()})
+    if was_read_only:
+        # Whoever says that of a command means it.
+        os.environ[ACCESS] = READ_ONLY
 
 
 def _storages(tree: Section) -> Iterator[tuple[str, Section]]:

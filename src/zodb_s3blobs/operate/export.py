@@ -31,7 +31,8 @@ for the last time when that is stopped, before it is started without S3.
 """
 BY_TID = """\
 instead: give every object in the bucket the key that older versions of this package look for, and
-take the references out of the records; changes the database, so the site must be stopped
+take the references out of the records; changes the database, so a site on a FileStorage must be
+stopped, and any other at the end
 """
 
 
@@ -98,9 +99,9 @@ def _check(config: Any, path: str) -> None:
 
 
 def _export_to(task: Task, directory: ExportDirectory, tally: Tally) -> bool:
-    config = task.database.config
-    bucket = config.s3_endpoint_url, config.bucket_name, config.s3_prefix
-    state = f"{State('export', bucket, directory.path).path}.sqlite"
+    with closing(task.database.open_to_read()) as storage:
+        place = task.database.place(storage)
+    state = f"{State('export', place, directory.path).path}.sqlite"
     # What an earlier run has left is ended, and then comes what is new since.
     for _pass in range(1 + os.path.exists(state)):
         needs = Needs(state)

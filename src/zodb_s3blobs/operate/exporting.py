@@ -13,6 +13,7 @@ from ..directories import make_private
 from ..directories import sync
 from ..directorylock import DirectoryLock
 from ..interfaces import DISK_FULL
+from ..interfaces import IntegrityError
 from ..interfaces import MissingObjectError
 from ..interfaces import S3OperationError
 from ..keys import blob_key
@@ -158,6 +159,9 @@ class Export:
                     break
         # A revision has the same bytes wherever they are.
         for _word, source in self._loader.elsewhere(need.oid, need.tid, need.stamp):
-            if source.fetch(need.oid, need.tid, path):
-                return
+            try:
+                if source.fetch(need.oid, need.tid, path):
+                    return
+            except IntegrityError as error:
+                failure = error  # another one may have them right
         raise failure

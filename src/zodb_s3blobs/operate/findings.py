@@ -11,6 +11,8 @@ from ..interfaces import ListedObject
 from .needs import Need
 from .needs import Needs
 from .objects import FOREIGN
+from .objects import IN_SOURCE
+from .objects import IN_SPOOL
 from .objects import ORPHANED
 from .task import Task
 
@@ -75,13 +77,20 @@ class Findings:
     """
 
     def __init__(self, path: str, expires: float) -> None:
-        self.needs = Needs(path)
+        self._open(path)
         if time.time() - self.needs.recall("begun", 0.0) > expires:
-            self.needs.remove()
-            self.needs = Needs(path)
-            self.needs.note("begun", time.time())
+            self.clear()
+
+    def _open(self, path: str) -> None:
+        self.needs = Needs(path)
         self._database: sqlite3.Connection = self.needs.database
         self._database.executescript(_SCHEMA)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.needs.remove()
+        self._open(self.needs.path)
+        self.needs.note("begun", time.time())
 
     def close(self) -> None:
         """Close the file."""
@@ -227,7 +236,8 @@ def tell(task: Task, findings: Findings) -> None:
             print(finding)
         task.tell(counts)
         if not findings.count_left():
-            print(COMPLETE)
+            waiting = counts.get(IN_SPOOL, 0) + counts.get(IN_SOURCE, 0)
+            print(f"{COMPLETE} {waiting} of it are not in the bucket yet." if waiting else COMPLETE)
         return
     print('{"findings": [')
     comma = ""

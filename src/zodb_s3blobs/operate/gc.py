@@ -60,11 +60,9 @@ def days(text: str) -> int:
 def run(task: Task) -> int:
     """Sweep, then look for uploads that were given up."""
     options, database = task.options, task.database
-    if database.is_read_only and (options.delete or options.keep_days is not None):
+    local = database.config.local_blob_dir if database.is_read_only else None
+    if database.is_read_only and (options.keep_days is not None or (options.delete and not local)):
         raise UsageError("access is read-only: let the database that owns the bucket do this")
-    config = database.config
-    place = config.s3_endpoint_url, config.bucket_name, config.s3_prefix
-    state = State("gc", database.name, place, options.delete, options.keep_days)
     with ExitStack() as opened:
         storage = opened.enter_context(
             closing(database.open() if options.delete else database.open_to_read())
@@ -73,6 +71,8 @@ def run(task: Task) -> int:
             raise UsageError(
                 "this storage does not tell what is garbage, as a DemoStorage does not"
             )
+        place = database.place(storage)
+        state = State("gc", place, options.delete, options.keep_days)
         ledger = None
         if options.keep_days is not None:
             database.ownership(storage).check(storage.parts.services.client, anew=True)
@@ -89,7 +89,8 @@ def run(task: Task) -> int:
                 if ledger is not None:
                     ledger.write()
                     course.save()
-        result = course.result()
+        result = {"in": local} if local else {}
+        result |= course.result()
         if not course.is_stopped:
             result |= _abort_uploads(task, storage.parts.services.client)
     task.tell(result, _text(result, options.delete))
@@ -183,14 +184,15 @@ def _abort_uploads(task: Task, client: Any) -> dict[str, Any]:
         return {}  # of a directory
     options = task.options
     keep = UPLOAD_DAYS if options.keep_days is None else options.keep_days
-    age = max(task.database.config.gc_grace, keep * DAY)
+    # A day at least: a commit that runs has them, too.
+    age = max(task.database.config.gc_grace, keep * DAY, DAY)
     counts = {"uploads": 0, "old uploads": 0, "uploads aborted": 0, "uploads failed": 0}
     try:
         for upload in client.list_uploads(PREFIX):
             if task.work.is_stopped:
                 break
             counts["uploads"] += 1
-            if upload.age >= age and upload.age > 0:
+            if upload.age >= age:
                 counts["old uploads"] += 1
                 if options.delete:
                     _abort(client, upload, counts)
@@ -216,6 +218,8 @@ def _text(result: dict[str, Any], deletes: bool) -> str:
     lines = [f"{name}: {value}" for name, value in result.items()]
     if result["garbage"] - result["held"] and not deletes:
         lines.append("nothing was deleted; say --delete for that")
+    if result["held"] and deletes:
+        lines.append("what is held was seen as garbage less than --keep-days ago")
     if result["stopped"]:
         lines.append("stopped; run it again, and it goes on there")
     return "\n".join(lines)

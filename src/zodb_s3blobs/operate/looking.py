@@ -10,6 +10,7 @@ from ..garbage import Verdict
 from ..interfaces import ListedObject
 from ..keys import parse_key
 from ..keys import TID_SIZE
+from ..ownership import MARKER
 from .containers import Containers
 from .findings import CACHED
 from .findings import Finding
@@ -56,9 +57,12 @@ class Look:
         self._bucket = self._services.client
         # What a DemoStorage does not show the database below it may need.
         self._tells_garbage = self._parts.base.tells_garbage
+        # What a copy does not need the original may.
+        self._is_others = False
         if task.database.is_read_only:
-            # What a copy does not need the original may.
             self._bucket, self._tells_garbage = task.database.client(), False
+        elif task.database.ownership(storage).is_others(self._bucket):
+            self._is_others, self._tells_garbage = True, False
 
     # What seems wrong
 
@@ -119,7 +123,8 @@ class Look:
             self._findings.suspect(NEEDED, need)
         for listed, _kind in self._judge(part.others):
             self._findings.suspect_other(listed)
-        self._findings.add(objects=len(part.present) + len(part.others))
+        counts = {"objects": len(part.present) + len(part.others), "not needed": len(part.others)}
+        self._findings.add(**counts)
         self._needs.note("after", part.last)
         self._findings.commit()
         bar.update(len(part.present) + len(part.missing))
@@ -236,6 +241,13 @@ class Look:
                 for oid in oids:
                     self._findings.name(oid, containers.path(oid) or "?")
         self._findings.commit()
+
+    def tell_owner(self) -> None:
+        """Make it a finding that the bucket is another database's."""
+        if self._is_others:
+            note = "it says that the bucket is another database's: see zodb-s3blobs own"
+            self._findings.find(FOREIGN, MARKER, None, None, note)
+            self._findings.commit()
 
     # How it is mended
 

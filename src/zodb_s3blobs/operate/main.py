@@ -87,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"zodb-s3blobs: {error}", file=sys.stderr)
         return USAGE
-    except S3OperationError as error:
+    except BrokenPipeError:
+        raise
+    except (S3OperationError, OSError) as error:
         print(f"zodb-s3blobs: {error}", file=sys.stderr)
-        return 1
+        return FINDINGS
     return status
 
 

@@ -128,7 +128,9 @@ class _Manifest:
                     if told is not None:
                         raise ValueError("it goes on behind its last line")
                     told = self._read_line(json.loads(line))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no manifest, see line {count}: {error}") from error
         if told is None or told != count - 1:
             raise UsageError(f"{path} was cut: its last line does not count the others")

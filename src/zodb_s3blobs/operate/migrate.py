@@ -61,7 +61,9 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="show how many files were verified in this run, and could be removed",
     )
     migrate.add_argument(
-        "--delete", action="store_true", help="with --remove-local: remove them; S3 has them alone"
+        "--delete",
+        action="store_true",
+        help="with --remove-local: remove each whose object was read and is the same",
     )
     migrate.set_defaults(run=run)
 
@@ -143,5 +145,5 @@ def _tell(task: Task, migrations: list[Migration]) -> None:
     if task.options.remove_local and not task.options.delete:
         text.append("What was verified can be removed: say --remove-local --delete.")
     if task.options.delete:
-        text.append("Each of what was removed had been verified just before.")
+        text.append("Each file that was removed was the same, byte for byte, as its object.")
     task.tell({"places": reports}, "\n".join(text))

@@ -42,14 +42,13 @@ class Migration:
     """
 
     def __init__(self, task: Task, storage: Any, origin: Origin) -> None:
-        config = task.database.config
         self._work = task.work
         self._base, self._read = storage.parts.base, storage.parts.read
         self._client = storage.parts.services.client
         self._origin = origin
         self._removes: bool = task.options.delete
-        bucket = config.s3_endpoint_url, config.bucket_name, config.s3_prefix
-        self._state = State("migrate --verify", bucket, origin.name, self._removes)
+        place = task.database.place(storage)
+        self._state = State("migrate --verify", place, origin.name, self._removes)
         self._tally = Tally(*UPLOADING, *BOTH)
         self._counts, self._note = self._tally.counts, self._tally.note
         self._is_at_end = False
@@ -61,7 +60,10 @@ class Migration:
 
     def report(self) -> dict[str, Any]:
         """Return what came of it so far."""
-        return {"from": self._origin.name, **self._tally.report()}
+        report = {"from": self._origin.name, **self._tally.report()}
+        if "verified" in report:
+            report["verified"] += report["removed"]
+        return report
 
     # Uploading
 
@@ -208,7 +210,8 @@ class Migration:
     def _verify_one(self, found: Found) -> Outcome:
         try:
             here = self._origin.content(found)
-            there = content_of_object(self._client, found.key)
+            # Of what is removed here the object has the only bytes then: they are read.
+            there = content_of_object(self._client, found.key, reads=self._removes)
             if there is None:
                 return Outcome("missing", 0, "it is not in the bucket")
             if here.size != there.size:

@@ -11,6 +11,7 @@ from ..keys import blob_key
 from ..keys import is_waiting
 from ..s3body import digest_of
 from ..s3body import metadata_of
+from ..staged import remove_quietly
 from .needs import Need
 
 
@@ -96,17 +97,19 @@ class Examiner:
             head = self._client.head_object(need.key)
             if head is None:
                 return self._look_elsewhere(need)
-            told = Told.by(head)
-            found = difference(need, told) or self._compare_with_cache(need, told)
-            if found is None and self._depth == "read":
-                self._client.download_file(need.key, os.devnull)
-            return found
+            return self._examine(need, Told.by(head))
         except IntegrityError as error:
             return WRONG_DIGEST, str(error)
         except S3OperationError as error:
             if self._client.is_down:
                 raise
             return UNREADABLE, str(error)
+
+    def _examine(self, need: Need, told: Told) -> tuple[str, str] | None:
+        found = difference(need, told) or self._compare_with_cache(need, told)
+        if found is None and self._depth == "read":
+            self._client.download_file(need.key, os.devnull)
+        return found
 
     def _compare_with_cache(self, need: Need, told: Told) -> tuple[str, str] | None:
         size = self._cache.size(need.oid, need.tid)
@@ -118,18 +121,33 @@ class Examiner:
         return DAMAGED_IN_CACHE, sizes
 
     def _look_elsewhere(self, need: Need) -> tuple[str, str] | None:
-        stamp, notes = need.stamp, []
-        if stamp and self._client.head_object(blob_key(need.oid, need.tid)) is not None:
-            return None  # a database that has moved between bases
+        stamp, notes, damage = need.stamp, [], None
+        by_tid = need._replace(key=blob_key(need.oid, need.tid))
+        if stamp and (head := self._client.head_object(by_tid.key)) is not None:
+            return self._examine(by_tid, Told.by(head))  # a database that has moved between bases
         for word, source in self._loader.elsewhere(need.oid, need.tid, stamp):
             try:
                 if source.size(need.oid, need.tid) is not None:
+                    if word == "spool":
+                        self._read_spooled(source, need)
                     return IN_SPOOL if word == "spool" else IN_SOURCE, ""
+            except IntegrityError as error:
+                damage = WRONG_DIGEST, f"in the {word}: {error}"
             except OSError as error:
                 notes.append(f"a {word} cannot be asked: {error}")
+        if damage:
+            return damage
         if stamp and is_waiting(stamp):
             notes.append("stored while S3 was down: perhaps in the spool of another host")
         return MISSING, "; ".join(notes)
+
+    def _read_spooled(self, source: Any, need: Need) -> None:
+        if self._depth == "read":
+            path = self._cache.temporary_file()
+            try:
+                source.fetch(need.oid, need.tid, path)
+            finally:
+                remove_quietly(path)
 
     def is_right_in_cache(self, need: Need) -> bool:
         """Compare a cached file with what its object says of itself, as far as it does."""

@@ -113,11 +113,13 @@ def version_of(file: str | int) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def content_of_object(client: Any, key: str) -> Content | None:
+def content_of_object(client: Any, key: str, reads: bool = False) -> Content | None:
     """Return what tells the bytes of an object from others, None where there is none.
 
     Objects say it themselves, but for those of the older package and of servers that forget it:
     these are read.
+
+    :param bool reads: read all, and believe none.
     """
     head = client.head_object(key)
     if head is None:
@@ -128,12 +130,14 @@ def content_of_object(client: Any, key: str) -> Content | None:
         digest = f"of another object, {metadata['zodb-key']}"
     elif digest is None and not size:
         digest = hashlib.sha256().hexdigest()
-    elif digest is None:
+    elif digest is None or reads:
         try:
             with client.open_range(key) as section:
                 size, found = digest_of(section)
         except MissingObjectError:
             return None
+        if digest not in (None, found.hexdigest()):
+            return Content(size, f"{found.hexdigest()}, and it says {digest},")
         digest = found.hexdigest()
     return Content(size, digest)
 

@@ -41,9 +41,10 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def oid_of(text: str) -> bytes:
-    """Return an oid, given in hexadecimal digits."""
+    """Return an oid, given as 0x and hexadecimal digits."""
     try:
-        return p64(int(text, 16))
+        # Without 0x it might be a decimal number, and the URL one of another blob.
+        return p64(int(text if text[:2] == "0x" else "", 16))
     except (ValueError, struct.error):
         raise argparse.ArgumentTypeError(f"expected an oid such as 0x1f, not {text!r}") from None
 
@@ -68,7 +69,9 @@ def show_spool(task: Task) -> int:
         numbers = storage.stats()
     result |= {name: numbers[name] for name in SPOOL}
     task.tell(result)
-    return OK if not numbers["spool_blobs"] else FINDINGS
+    # What is lost is told this once.
+    is_well = numbers["spool_blobs"] == 0 and not result.get("lost")
+    return OK if is_well else FINDINGS
 
 
 def show_owner(task: Task) -> int:
@@ -108,6 +111,9 @@ def presign_blob(task: Task) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
     if url is None:
-        raise UsageError("S3 cannot deliver this blob: it is not there, or needs a key of ours")
+        raise UsageError(
+            f"the bucket cannot deliver blob 0x{u64(oid):x}: it has none (perhaps a source has it,"
+            " until migrate has run), or reading takes a key of ours (SSE-C)"
+        )
     task.tell({"url": url}, url)
     return OK

@@ -36,7 +36,9 @@ def main() -> int:
     try:
         with server:
             print(KEYS.format(server), flush=True)
-            ended.wait()
+            while not ended.wait(1):
+                if server.process.poll() is not None:
+                    raise ServiceFailed("rclone has ended")
     except (ServiceMissing, ServiceFailed, OSError) as error:
         print(f"zodb_s3blobs.testing: {error}", file=sys.stderr)
         return 1
