@@ -168,6 +168,8 @@ class Journal:
                 # Half a line, which would be the beginning of the next one
                 with suppress(OSError):
                     os.ftruncate(file, len(text.encode()) - len(text.rpartition("\n")[2].encode()))
+            # A journal is on the disk before its files: without lines it has lost them.
+            has_lost = not any(map(_LINE.match, lines)) and _has_files(path_of("", path))
         except (BlockingIOError, FileNotFoundError):
             os.close(file)
             return None  # its transaction runs, or another uploads it, or has done so
@@ -185,8 +187,6 @@ class Journal:
                 digest, size, key = match.groups()
                 entries.append(SpooledBlob(key, int(size), digest, path_of(key, path)))
         is_aborted = ABORTED in lines
-        # A journal is on the disk before its files: so it has lost lines then.
-        has_lost = not blobs and _has_files(path_of("", path))
         is_damaged = has_lost or (len(entries) < len(blobs) and not is_aborted)
         # Any line that nobody can read may have been "complete".
         is_complete = COMPLETE in lines or is_damaged
@@ -213,7 +213,10 @@ class Journal:
 def _has_files(path: str) -> bool:
     """Tell whether there are files of a journal, whose names end as that of a path."""
     directory, ending = os.path.split(path)
-    return any(name.endswith(ending) for name in os.listdir(directory))
+    try:
+        return any(name.endswith(ending) for name in os.listdir(directory))
+    except FileNotFoundError:
+        return False
 
 
 def digest_in(path: str, key: str) -> str | None:

@@ -128,7 +128,7 @@ def content_of_object(client: Any, key: str, reads: bool = False) -> Content | N
     size, digest = head["ContentLength"], metadata.get("zodb-sha256")
     if metadata.get("zodb-key", key) != key:
         digest = f"of another object, {metadata['zodb-key']}"
-    elif digest is None and not size:
+    elif not size and (digest is None or reads):
         digest = hashlib.sha256().hexdigest()
     elif digest is None or reads:
         try:
