@@ -78,7 +78,7 @@ def _identity_in(file: TextIO, directory: int) -> str | None:
 def generation_of(file: int) -> int | None:
     """Return a number that tells a file from others that had its inode, None where none does."""
     try:
-        # linux/fs.h, FS_IOC_GETVERSION; ext4, XFS and Btrfs choose it at random, and keep it.
+        # linux/fs.h, FS_IOC_GETVERSION; ext4 and XFS choose it at random, and keep it.
         answer = fcntl.ioctl(file, 0x80007601 | struct.calcsize("l") << 16, bytes(8))
     except OSError:
         return None
