@@ -240,7 +240,7 @@ def test_damaged_file_in_the_spool_is_found_where_all_is_read(s3, tmp_path, caps
         (path,) = (tmp_path / "spool" / "blobs").glob("*.blob")
         capsys.readouterr()
         assert main(["-C", site.path, "check", "--depth", "read"]) == 0
-        assert capsys.readouterr().out.endswith("1 of it are not in the bucket yet.\n")
+        assert capsys.readouterr().out.endswith(" Not in the bucket yet: 1.\n")
         os.chmod(path, 0o600)
         path.write_bytes(b"bad")
         (finding,) = site.run(capsys, "check", "--depth", "read", status=1)["findings"]

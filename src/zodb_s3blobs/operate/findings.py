@@ -237,7 +237,7 @@ def tell(task: Task, findings: Findings) -> None:
         task.tell(counts)
         if not findings.count_left():
             waiting = counts.get(IN_SPOOL, 0) + counts.get(IN_SOURCE, 0)
-            print(f"{COMPLETE} {waiting} of it are not in the bucket yet." if waiting else COMPLETE)
+            print(f"{COMPLETE} Not in the bucket yet: {waiting}." if waiting else COMPLETE)
         return
     print('{"findings": [')
     comma = ""
