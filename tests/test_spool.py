@@ -566,17 +566,19 @@ def test_transaction_that_never_voted_changes_nothing_in_the_bucket(any_host):
     any_host.check_drained(1, 2)
 
 
-def test_journal_that_lost_its_lines_keeps_its_files(any_host, caplog):
-    """A journal is on the disk before its files, so an empty one has been damaged."""
-    any_host.keep(1)
+@pytest.mark.parametrize("left", [0, 1])
+def test_journal_that_lost_lines_keeps_its_files(any_host, caplog, left):
+    """A journal is on the disk before its files, so one that does not name them was damaged."""
+    any_host.keep(1, 2)
     path = any_host.journal()
     data = path.read_bytes()
-    path.write_bytes(b"")
+    path.write_bytes(b"".join(data.splitlines(keepends=True)[:left]) + b"\0" * 9)
     any_host.drain()
     assert caplog.text.count("spool has a damaged journal") == 1
+    assert len(any_host.bucket.objects()) == left
     path.write_bytes(data)
     any_host.drain()
-    any_host.check_drained(1)
+    any_host.check_drained(1, 2)
 
 
 # The end of a transaction

@@ -168,8 +168,9 @@ class Journal:
                 # Half a line, which would be the beginning of the next one
                 with suppress(OSError):
                     os.ftruncate(file, len(text.encode()) - len(text.rpartition("\n")[2].encode()))
-            # A journal is on the disk before its files: without lines it has lost them.
-            has_lost = not any(map(_LINE.match, lines)) and _has_files(path_of("", path))
+            # It was on the disk before its files: of those that it does not name it has lost lines.
+            listed = {path_of(match[3], path) for match in map(_LINE.fullmatch, lines) if match}
+            has_lost = COMPLETE not in lines and _has_files(path_of("", path), listed)
         except (BlockingIOError, FileNotFoundError):
             os.close(file)
             return None  # its transaction runs, or another uploads it, or has done so
@@ -210,13 +211,14 @@ class Journal:
         _unlock(self._file)
 
 
-def _has_files(path: str) -> bool:
-    """Tell whether there are files of a journal, whose names end as that of a path."""
+def _has_files(path: str, listed: set[str]) -> bool:
+    """Tell whether there are more files of a journal, whose names end as that of a path."""
     directory, ending = os.path.split(path)
     try:
-        return any(name.endswith(ending) for name in os.listdir(directory))
+        names = [name for name in os.listdir(directory) if name.endswith(ending)]
     except FileNotFoundError:
         return False
+    return any(os.path.join(directory, name) not in listed for name in names)
 
 
 def digest_in(path: str, key: str) -> str | None:

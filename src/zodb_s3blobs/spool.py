@@ -245,10 +245,24 @@ class SpooledSource:
             if error.filename != self._path:
                 raise
             return False
-        if digest is not None and file_digest(target_path)[0] != digest:
+        try:
+            self._compare(target_path, digest)
+        except IntegrityError:
             os.remove(target_path)
-            raise IntegrityError(f"{self._path} in the spool has other bytes than were put there")
+            raise
         return True
+
+    def verify(self) -> None:
+        """Compare the file with what was put here.
+
+        :raises IntegrityError: when it has other bytes.
+        :raises FileNotFoundError: when it has gone.
+        """
+        self._compare(self._path, digest_in(self._journal, self._key))
+
+    def _compare(self, path: str, digest: str | None) -> None:
+        if digest is not None and file_digest(path)[0] != digest:
+            raise IntegrityError(f"{self._path} in the spool has other bytes than were put there")
 
     def size(self, oid: bytes, tid: bytes) -> int | None:
         """Return the bytes of the file, None when it has gone."""

@@ -8,6 +8,7 @@ import sqlite3
 import sys
 from typing import Any
 
+from ZODB.POSException import StorageError
 from ZODB.utils import z64
 
 from .configuration import UsageError
@@ -27,6 +28,7 @@ VERSION = 2
 # Seconds after which a stopped check is not gone on with
 EXPIRES = 7 * 86400
 
+ANEW = "zodb-s3blobs: the database was restored or packed since a check was stopped: it begins anew"
 NOTHING = "zodb-s3blobs: there is no blob at all in this place: check bucket-name and s3-prefix"
 
 
@@ -79,6 +81,7 @@ def _begin(task: Task, findings: Findings) -> None:
     """Forget what an earlier run has found where the database has not merely gone on since."""
     with closing(task.database.open_to_read()) as storage:
         if not goes_on(storage, bytes.fromhex(findings.needs.recall("last", z64.hex()))):
+            print(ANEW, file=sys.stderr)
             findings.clear()
         findings.needs.note("last", storage.lastTransaction().hex())
         findings.commit()
@@ -88,12 +91,17 @@ def goes_on(storage: Any, tid: bytes) -> bool:
     """Tell whether a database has a transaction still: one that was restored may have not."""
     if tid in (z64, last := storage.lastTransaction()):
         return True
-    base = storage.parts.base.storage
+    base = storage.parts.base
     if tid > last:
         return False
-    if not getattr(base, "supportsUndo", bool)():
+    if not getattr(base.storage, "supportsUndo", bool)():
         return True  # without history it need not be there
-    return any(transaction.tid == tid for transaction in base.iterator(tid, tid))
+    try:
+        if hasattr(base, "stored_by"):
+            return next(iter(base.stored_by(tid)), None) is not None
+        return any(transaction.tid == tid for transaction in base.storage.iterator(tid, tid))
+    except StorageError:
+        return False  # nobody can tell, as of a ZEO server that does not answer this
 
 
 def _run(task: Task, findings: Findings, step: Callable[[Look], bool]) -> bool:

@@ -84,10 +84,11 @@ class Database:
     def _check_user(self) -> None:
         if os.geteuid() != 0:
             return
-        base = self.config.base.config
-        while hasattr(base, "base"):
-            base = base.base.config  # a wrapper
-        places = getattr(base, "path", None), self.config.cache_dir, self.config.spool_dir
+        config = self.config
+        places = [config.cache_dir]
+        if not os.path.exists(config.cache_dir):
+            # Whoever runs the site has not run it with this yet.
+            places = [config.spool_dir, *_paths(config.base)]
         for place in filter(os.path.exists, filter(None, places)):
             if owner := os.stat(place).st_uid:
                 raise UsageError(
@@ -118,6 +119,16 @@ class Database:
     def ownership(self, storage: Any) -> Ownership:
         """Return what tells whether the bucket is that of a storage of this database."""
         return self._ours.ownership(storage.parts.base)
+
+
+def _paths(factory: Any) -> Iterator[str]:
+    """Yield the paths of the storages inside, which may be wrapped."""
+    section = getattr(factory, "config", None)
+    if path := getattr(section, "path", None):
+        yield path
+    base = getattr(section, "base", None)
+    for inner in (*([base] if base else ()), *getattr(section, "factories", ())):
+        yield from _paths(inner)
 
 
 def _name_of(uid: int) -> str:

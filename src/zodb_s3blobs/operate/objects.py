@@ -11,7 +11,6 @@ from ..keys import blob_key
 from ..keys import is_waiting
 from ..s3body import digest_of
 from ..s3body import metadata_of
-from ..staged import remove_quietly
 from .needs import Need
 
 
@@ -128,8 +127,8 @@ class Examiner:
         for word, source in self._loader.elsewhere(need.oid, need.tid, stamp):
             try:
                 if source.size(need.oid, need.tid) is not None:
-                    if word == "spool":
-                        self._read_spooled(source, need)
+                    if word == "spool" and self._depth == "read":
+                        source.verify()
                     return IN_SPOOL if word == "spool" else IN_SOURCE, ""
             except IntegrityError as error:
                 damage = WRONG_DIGEST, f"in the {word}: {error}"
@@ -140,14 +139,6 @@ class Examiner:
         if stamp and is_waiting(stamp):
             notes.append("stored while S3 was down: perhaps in the spool of another host")
         return MISSING, "; ".join(notes)
-
-    def _read_spooled(self, source: Any, need: Need) -> None:
-        if self._depth == "read":
-            path = self._cache.temporary_file()
-            try:
-                source.fetch(need.oid, need.tid, path)
-            finally:
-                remove_quietly(path)
 
     def is_right_in_cache(self, need: Need) -> bool:
         """Compare a cached file with what its object says of itself, as far as it does."""
