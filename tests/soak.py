@@ -1144,6 +1144,7 @@ def left_open(before, patience=20):
 def serve(pipe, task):
     """Be a worker."""
     with open(task.log, "a") as log:
+        faulthandler.enable(log)
         faulthandler.register(signal.SIGUSR1, log)
         form = "%(asctime)s %(levelname)s %(name)s %(threadName)s: %(message)s"
         logging.basicConfig(stream=log, level=logging.WARNING, format=form, force=True)
@@ -1848,6 +1849,8 @@ class Soak:
             or bool(recent & {"refuse", "delay_ms", "damage", *OFTEN, *STORMS}),
             "ClientDisconnected": "server" in recent,
             "IntegrityError": "damage" in recent,
+            # Of the mark, which cannot be read then; to refuse is the safe side.
+            "OtherDatabaseError": "damage" in recent,
             "FileNotFoundError": "cache" in recent,
             # Of the base, where a transaction was packed away that is undone or committed.
             "POSKeyError": bool(self.model.packed_to) and what in ("undo", "write"),
